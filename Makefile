@@ -1,0 +1,29 @@
+# make run · make test · make lab: each sets up .venv first when it is missing or its pins have changed.
+PYTHON ?= python3
+BIN := .venv/bin
+DEV := $(foreach r,$(shell sed -n 's/^dev_requirements *= *//p' settings.ini),'$(r)')
+
+.PHONY: run test lab export
+run: .venv/ready
+	$(BIN)/whatmatters run roar
+
+test: .venv/ready
+	$(BIN)/python -m pytest tests
+
+lab: .venv/ready
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+# after editing a notebook: the package, its requirements and the README follow
+export: .venv/ready
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_requirements --path pkg
+	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
+
+.venv/ready: constraints.txt pkg/pyproject.toml pkg/requirements.txt
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit('PYTHON: got Python %d.%d, want 3.11 to 3.13, as in: make PYTHON=python3.12 test' % v)"
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ./pkg $(DEV)
+	touch $@
