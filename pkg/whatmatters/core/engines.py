@@ -16,10 +16,14 @@ import nbformat
 class WarmEngine:
     "A papermill engine that runs the cells in this process, each notebook in a namespace of its own; imports are shared, so the second notebook starts at once."
     @classmethod
-    def execute_notebook(cls, nb, kernel_name, on_cell=None, **options):
+    def execute_notebook(cls, nb, kernel_name, **options):
         from papermill.engines import Engine
-        class Runner(Engine): execute_managed_notebook = staticmethod(_run_cells)
-        return telling(Runner, on_cell).execute_notebook(nb, kernel_name, **options)
+        class Runner(Engine): execute_managed_notebook = cls.execute_managed_notebook
+        return Runner.execute_notebook(nb, kernel_name, **options)
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, **options):
+        _run_cells(nb_man)
 
     @staticmethod
     def nb_kernel_name(nb, name=None): return name or "python3"
@@ -27,7 +31,7 @@ class WarmEngine:
     @staticmethod
     def nb_language(nb, language=None): return language or "python"
 
-def _run_cells(nb_man, kernel_name, **options):
+def _run_cells(nb_man):
     namespace = {"__name__": "__main__", "__builtins__": builtins}
     for i, cell in enumerate(nb_man.nb.cells):
         nb_man.cell_start(cell, i)

@@ -292,12 +292,16 @@ def _about(path):
     except Exception: return {}
 
 def _execute(notebook, partial, failed, values, engine, bar, label):
+    import logging
     import papermill
+    logging.getLogger("papermill").setLevel(logging.ERROR) # it does not know `int | None` and calls such parameters unknown
     from whatmatters.core import engines
     with _bars(bar, label) as on_cell:
-        runner = engines.WarmEngine if engine == "warm" else engines.telling(papermill.engines.NBClientEngine, on_cell)
+        warm = engine == "warm"
+        runner = engines.telling(engines.WarmEngine if warm else papermill.engines.NBClientEngine, on_cell)
+        quiet = {} if warm else {"extra_arguments": ["--log-level=ERROR"]} # a kernel warns at every start that TCP is not encrypted
         papermill.engines.papermill_engines.register("whatmatters", runner)
-        try: papermill.execute_notebook(notebook, str(partial), values, engine_name="whatmatters", kernel_name="python3", progress_bar=False, on_cell=on_cell)
+        try: papermill.execute_notebook(notebook, str(partial), values, engine_name="whatmatters", kernel_name="python3", progress_bar=False, **quiet)
         except (Exception, KeyboardInterrupt) as error:
             kind, said = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
             if kind == "KeyboardInterrupt": raise KeyboardInterrupt(f"{label} was interrupted; what it did so far is in {partial}") from None
