@@ -84,18 +84,24 @@ def _forward(network, parameters, buffers, x, shared=False):
     return vmap(one, in_dims=(0, 0, None if shared else 0))(parameters, buffers, x)
 
 # %% ../../../nbs/core/05_ensemble.ipynb #group_size
-CACHE_BYTES = 12 * 2 ** 20 # of parameters, gradients and two moments in one group on a CPU
+CACHE_BYTES = 16 * 2 ** 20 # of the training state of one group on a CPU
 
 def group_size(
     network:nn.Module, # one member
     members:int,       # how many there are
-    device="cpu",      # where they train
+    batch:Tensor,      # the inputs of one member in one step, (b, ...)
 )->int:                # how many to train at once
-    "Members whose training state fits the cache (CPU) or an eighth of the memory (GPU); 1 for networks that cannot be stacked."
+    "Members whose training state fits the cache (CPU) or an eighth of the memory (GPU); 1 for networks that cannot be stacked. One forward pass."
     if _unstackable(network): return 1
-    state = 4 * sum(p.numel() * p.element_size() for p in network.parameters())
-    budget = CACHE_BYTES if torch.device(device).type != "cuda" else torch.cuda.get_device_properties(device).total_memory // 8
-    most = max(1, min(members, budget // max(state, 1)))
+    size, kept = lambda t: t.numel() * t.element_size(), {}
+    def pack(t):
+        kept[t.data_ptr()] = size(t)
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = network(batch) # held, so that no address comes twice
+    state = 4 * sum(map(size, network.parameters())) + sum(kept.values())
+    cuda = batch.device.type == "cuda"
+    budget = torch.cuda.get_device_properties(batch.device).total_memory // 8 if cuda else CACHE_BYTES
+    most = max(1, min(members, budget // state))
     return -(-members // -(-members // most)) # groups of about the same size
 
 # %% ../../../nbs/core/05_ensemble.ipynb #_unstackable
@@ -132,8 +138,9 @@ def train_ensemble(
     _check_data(inputs, targets, weights, len(seeds))
     initial = {s: _initial(make, s) for s in dict.fromkeys(seeds)}
     network = copy.deepcopy(initial[seeds[0]]).to(targets.device)
-    why, group = _unstackable(network), group_size(network, len(seeds), targets.device) if group is None else check_count("group", group)
-    if why and group > 1: refuse("group", group, f"1 for a network with {why}")
+    first = torch.arange(min(batch_size, targets.shape[-1]), device=targets.device)
+    if group is None: group = group_size(network, len(seeds), inputs[first] if isinstance(inputs, Tensor) else inputs(first[:1] * 0, first[None])[0])
+    if (why := _unstackable(network)) and check_count("group", group) > 1: refuse("group", group, f"1 for a network with {why}")
     chunk = Chunk(group)
     def step(which):
         state = stack_module_state([initial[s] for s in seeds[which]])
