@@ -23,6 +23,9 @@ def main(
     except ValueError as error: return _say(error, 2)
     except experiments.RunFailed as error: return _say(error, 1)
     except KeyboardInterrupt as error: return _say(error if str(error) else "interrupted", 130)
+    except BrokenPipeError: # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 def _say(message, code):
     print(f"whatmatters: {message}", file=sys.stderr)

@@ -133,23 +133,24 @@ FEWEST = 5 # values from which a verdict may be drawn
 
 def judge(
     values,              # one number per run, (n,)
-    expect:str="> 0",    # "> c", "< c", or "in [a, b]"
+    expect:str="> 0",    # "> c", "< c", "in [a, b]" or "outside [a, b]"
     level:float=.95,     # of the interval
 ):                       # `Interval` of the mean and "holds", "fails" or "inconclusive"
     "The verdict that an interval gives."
     from whatmatters.core.stats import bootstrap
     interval, (low, high) = bootstrap(values, level), _bounds(expect)
     if interval.n < FEWEST: return interval, "inconclusive"
-    if low < interval.low and interval.high < high: return interval, "holds"
-    return interval, "fails" if interval.high <= low or interval.low >= high else "inconclusive"
+    inside, outside = low < interval.low and interval.high < high, interval.high <= low or interval.low >= high
+    if expect.startswith("outside"): inside, outside = outside, inside
+    return interval, "holds" if inside else "fails" if outside else "inconclusive"
 
 def _bounds(expect):
-    "The open range that an expectation names."
+    "The range that an expectation names."
     with contextlib.suppress(ValueError, IndexError):
         sign, rest = expect.strip().split(" ", 1)
         if sign in "<>": return (float(rest), float("inf")) if sign == ">" else (-float("inf"), float(rest))
-        if sign == "in": return tuple(map(float, ast.literal_eval(rest)))
-    _refuse("expect", repr(expect), '"> c", "< c" or "in [a, b]"')
+        if sign in ("in", "outside"): return tuple(map(float, ast.literal_eval(rest)))
+    _refuse("expect", repr(expect), '"> c", "< c", "in [a, b]" or "outside [a, b]"')
 
 # %% ../../../nbs/core/07_experiments.ipynb #claim
 CLAIM, RECORD = "application/vnd.whatmatters.claim+json", "application/vnd.whatmatters.record+json"
@@ -158,7 +159,7 @@ def claim(
     system:int,        # number of the paper's row in the list of systems
     says:str,          # what the paper says, in words of your own
     values,            # what was measured, one number per run
-    expect:str="> 0",  # what the number is if the paper is right: "> c", "< c" or "in [a, b]"
+    expect:str="> 0",  # what the number is if the paper is right: "> c", "< c", "in [a, b]" or "outside [a, b]"
     what:str="",       # what the number is, with its unit
     level:float=.95,   # of the interval
 ):
