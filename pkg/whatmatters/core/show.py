@@ -24,7 +24,7 @@ def image_maps(
 ):                  # the figure
     "One row per image: the image, then the map of each method; red speaks for, blue against, each map on its own scale."
     n = len(images)
-    figure, axes = plt.subplots(n, 1 + len(scores), figsize=(size * (1 + len(scores)), size * n + .2), squeeze=False)
+    figure, axes = plt.subplots(n, 1 + len(scores), figsize=(size * (1 + len(scores)), size * n + .2), squeeze=False, dpi=72)
     for i, row in enumerate(axes):
         row[0].imshow(images[i].permute(1, 2, 0).cpu().squeeze(-1), cmap="gray_r")
         if titles is not None: row[0].set_ylabel(str(titles[i]), fontsize=8)

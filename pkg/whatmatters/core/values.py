@@ -127,11 +127,11 @@ def values_of(
     chunk:int|Chunk|None=None, # rows per model call; None: all at once
 )->Tensor:                 # values, (B,)
     "Values of `f`: one forward pass per row."
-    return torch.cat(Chunk.of(chunk, len(x)).over(len(x), lambda rows: _value(f, x[rows], args, rows).detach()))
+    with torch.no_grad(): return torch.cat(Chunk.of(chunk, len(x)).over(len(x), lambda rows: _value(f, x[rows], args, rows)))
 
 # %% ../../../nbs/core/00_values.ipynb #_value
-def _value(f, x, args, rows, grad=False):
-    with torch.set_grad_enabled(grad): value = f(x, *(a[rows] for a in args))
+def _value(f, x, args, rows):
+    value = f(x, *(a[rows] for a in args))
     if value.shape != (len(x),): refuse("f", f"values of shape {tuple(value.shape)} for {len(x)} rows", f"shape ({len(x)},)")
     return value
 
@@ -143,9 +143,10 @@ def values_and_gradients(
     chunk:int|Chunk|None=None, # rows per model call; None: all at once
 )->tuple[Tensor, Tensor]:  # values (B,) and gradients shaped like `x`
     "Values of `f` and their gradients at `x`: one forward and one backward pass per row."
+    @torch.enable_grad() # also where the caller wants none
     def step(rows):
         at = x[rows].detach().requires_grad_()
-        value = _value(f, at, args, rows, grad=True)
+        value = _value(f, at, args, rows)
         return value.detach(), torch.autograd.grad(value.sum(), at)[0]
     values, gradients = zip(*Chunk.of(chunk, len(x)).over(len(x), step))
     return (values[0], gradients[0]) if len(values) == 1 else (torch.cat(values), torch.cat(gradients))
