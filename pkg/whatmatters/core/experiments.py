@@ -300,7 +300,7 @@ def _execute(notebook, partial, failed, values, engine, bar, label):
     with _bars(bar, label) as on_cell:
         warm = engine == "warm"
         runner = engines.telling(engines.WarmEngine if warm else papermill.engines.NBClientEngine, on_cell)
-        quiet = {} if warm else {"extra_arguments": ["--log-level=ERROR"]} # a kernel warns at every start that TCP is not encrypted
+        quiet = {} if warm else {"extra_arguments": ["--log-level=CRITICAL"]} # a kernel warns at every start that TCP is not encrypted
         papermill.engines.papermill_engines.register("whatmatters", runner)
         try: papermill.execute_notebook(notebook, str(partial), values, engine_name="whatmatters", kernel_name="python3", progress_bar=False, **quiet)
         except (Exception, KeyboardInterrupt) as error:
