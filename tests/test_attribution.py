@@ -45,7 +45,8 @@ def test_captum_metrics(case):
     close(faithfulness.infidelity(f, x, scores, samples=1, perturb=lambda x, generator: moved, args=(classes,)), theirs)
     drawn = .02 * (2 * torch.rand(x.shape, generator=seeded(7)).double() - 1)
     explain = lambda x, target: g.gradient(f, x, (target,))
-    theirs = captum.metrics.sensitivity_max(lambda x, target: (explain(x[0], target),), x, lambda inputs, radius: (inputs[0] + drawn,), target=classes, n_perturb_samples=1)
+    bare = lambda x: x[0] if isinstance(x, tuple) else x  # captum hands over now one, now the other
+    theirs = captum.metrics.sensitivity_max(lambda x, target: (explain(bare(x), target),), x, lambda inputs, radius: bare(inputs) + drawn, target=classes, n_perturb_samples=1)
     close(faithfulness.max_sensitivity(explain, x, samples=1, args=(classes,), generator=7), theirs)
 
 
