@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEV := $(foreach r,$(shell sed -n 's/^dev_requirements *= *//p' settings.ini),'$(r)')
 
-.PHONY: run test lab export
+.PHONY: run test lab export readme
 run: .venv/ready
 	$(BIN)/whatmatters run roar
 
@@ -18,7 +18,12 @@ export: .venv/ready
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_requirements --path pkg
-	$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
+	$(MAKE) readme
+
+README := README.md
+readme:
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags hide nbs/index.ipynb \
+		| sed 's#\](\([a-z]*/[^)]*\.ipynb\))#](nbs/\1)#g' > $(README)
 
 .venv/ready: constraints.txt pkg/pyproject.toml pkg/requirements.txt
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit('PYTHON: got Python %d.%d, want 3.11 to 3.13, as in: make PYTHON=python3.12 test' % v)"

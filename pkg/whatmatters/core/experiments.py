@@ -389,7 +389,7 @@ def report(
     return out/"report.html"
 
 # %% ../../../nbs/core/07_experiments.ipynb #_number
-def _number(v): return "–" if v is None else f"{v:.3f}" if abs(v) >= .0005 or v == 0 else f"{v:.1e}"
+def _number(v): return "–" if v is None else f"{v:.4f}" if abs(v) < 100 else f"{v:.4g}"
 
 def _summary(ledger, runs):
     count = lambda v: sum(c["verdict"] == v for c in ledger)

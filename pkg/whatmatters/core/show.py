@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['image_maps', 'Heatmap', 'curves']
 
-# %% ../../../nbs/core/04_show.ipynb #45043b43
+# %% ../../../nbs/core/04_show.ipynb #f0fa3564
 import html
+import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
@@ -33,7 +34,7 @@ def image_maps(
             s = check_finite(f"scores[{name!r}]", s[i].detach().float().cpu()).sum(0)
             limit = float(s.abs().max()) or 1.
             axis.imshow(s, cmap="RdBu_r", vmin=-limit, vmax=limit)
-            if i == 0: axis.set_title(name, fontsize=7)
+            if i == 0: axis.set_title(textwrap.fill(name, 11), fontsize=7)
         for axis in row: axis.set(xticks=[], yticks=[])
     figure.tight_layout(pad=.3)
     plt.close(figure)
@@ -70,15 +71,14 @@ def curves(
     highlight=(),     # names drawn thick; the others are thin when there are any
     size=(6.4, 3.8),  # inches
 ):                    # the figure
-    "Mean curves with bootstrap intervals."
+    "Mean curves with bootstrap intervals; a curve named random is black."
     figure, axes = plt.subplots(figsize=size)
-    colours = sns.color_palette("tab10" if len(runs) <= 10 else "husl", len(runs))
-    for (name, values), colour, i in zip(runs.items(), colours, range(len(runs))):
-        values = np.asarray(values, dtype=float)
+    for i, (name, values) in enumerate(runs.items()):
+        values, colour = np.asarray(values, dtype=float), "black" if name == "random" else sns.color_palette("tab10")[i % 10]
         if values.ndim != 2 or len(values) != len(x): refuse(f"runs[{name!r}]", f"shape {values.shape}", f"({len(x)}, runs)")
         means = [bootstrap(v, resamples=2000) for v in values]
         thick = not highlight or name in highlight
-        axes.plot(x, [m.mean for m in means], color=colour, lw=2 if thick else 1, ls=("-", "--", ":", "-.")[i // 10 if len(runs) <= 10 else i % 4], marker="o", ms=3, label=name)
+        axes.plot(x, [m.mean for m in means], color=colour, lw=2 if thick else 1, ls=("-", "--", ":")[i // 10 % 3], marker="o", ms=3, label=name)
         axes.fill_between(x, [m.low for m in means], [m.high for m in means], color=colour, alpha=.15 if thick else .05, lw=0)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(fontsize=7, frameon=False, bbox_to_anchor=(1.01, 1), loc="upper left")
