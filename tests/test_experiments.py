@@ -32,7 +32,7 @@ def test_same_seed_same_bits_whatever_the_chunk(tmp_path):
     run = lambda **given: [c["values"] for c in claims(experiments.run("roar", "smoke", {**small, **given}, tmp_path, force=True, engine="warm")[0])]
     first = run()
     assert run() == first
-    for a, b in zip(run(chunk=7), first): assert a == pytest.approx(b, abs=1 / 40)  # a float's difference may move an image
+    for a, b in zip(run(chunk=7), first): assert a == pytest.approx(b, abs=1 / 80)  # a float's difference may move one of 80 images
 
 
 @pytest.mark.parametrize("name", experiments.names())
@@ -87,6 +87,7 @@ BAD = {
     "preset": (["run", "roar", "--preset", "smok"], "smok: did you mean smoke?"),
     "parameter": (["run", "roar", "-p", "sead", "1"], "sead: did you mean seed"),
     "type": (["run", "roar", "-p", "seeds", "few"], "seeds: got 'few' (str); want int: independent repetitions"),
+    "broken list": (["run", "roar", "-p", "ratios", "[0.1"], "ratios: got '[0.1' (str); want list[float]"),
     "list": (["run", "roar", "-p", "ratios", "0.5"], "ratios: got 0.5 (float); want list[float]"),
     "data": (["run", "roar", "-p", "data", "./nowhere"], "data: got './nowhere', which is no folder; want one of digits"),
     "report": (["report", "./nowhere"], "out: got ./nowhere, which is no folder"),

@@ -1,4 +1,5 @@
 "The chapters run, and everything made from them is in step with them."
+import ast
 import configparser
 import filecmp
 import os
@@ -67,9 +68,9 @@ def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", (ROOT/"README.md").read_text()): assert (ROOT/target).exists(), target
 
 
-def test_one_exported_function_per_cell():
-    "A public function or class has its cell to itself, unless a cell is a family of a few lines each."
+def test_one_exported_function_per_cell_and_on_one_screen():
     for path in CHAPTERS:
         for cell in nbformat.read(path, 4).cells:
             if cell.cell_type == "code" and cell.source.startswith("#| export\n"):
-                assert len(cell.source.splitlines()) <= 60, f"{path.name}: a cell of {len(cell.source.splitlines())} lines"
+                public = [n.name for n in ast.parse(cell.source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+                assert len(cell.source.splitlines()) <= 60 and len(public) <= 1, f"{path.name}: {public}"

@@ -6,12 +6,12 @@
 __all__ = ['gradient', 'input_x_gradient', 'integrated_gradients', 'path_points', 'expected_gradients', 'noisy_attributions',
            'smoothgrad', 'smoothgrad_squared', 'vargrad', 'random_scores', 'edge_filter']
 
-# %% ../../../nbs/attribution/00_gradients.ipynb #873d569b
+# %% ../../../nbs/attribution/00_gradients.ipynb #2b7ea6dd
 from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from ..core.values import (Chunk, check_broadcast, check_count, check_finite, check_rows, normal_like, refuse, seeded,
+from ..core.values import (Chunk, check_broadcast, check_count, check_inputs, check_rows, normal_like, refuse, seeded,
                                      values_and_gradients, values_of)
 
 # %% ../../../nbs/attribution/00_gradients.ipynb #gradient
@@ -22,8 +22,7 @@ def gradient(
     chunk:int|None=None,# rows per model call; None: as many rows as `x` has
 )->Tensor:              # attributions, shaped like `x`
     "The gradient of the value at the input (Simonyan et al. 2013, arXiv:1312.6034). One forward and one backward pass per input."
-    check_finite("x", x)
-    return values_and_gradients(f, x, _args(args, x), chunk)[1]
+    return values_and_gradients(f, check_inputs("x", x), _args(args, x), chunk)[1]
 
 # %% ../../../nbs/attribution/00_gradients.ipynb #_args
 def _args(args, x):
@@ -51,11 +50,11 @@ def integrated_gradients(
     return_error:bool=False, # also give the completeness error (B,), for two more forward passes
 ):                      # attributions, shaped like `x`; they sum to f(x) - f(baseline) but for the error
     "Integrated gradients along a straight path (Sundararajan et al. 2017, arXiv:1703.01365)."
-    check_finite("x", x)
+    check_inputs("x", x)
     baseline = check_broadcast("baseline", 0. if baseline is None else baseline, x).expand_as(x)
     alphas, weights = path_points(steps, rule)
     chunk, args = Chunk.of(chunk, len(x)), _args(args, x)
-    at_once = max(1, chunk.rows // max(len(x), 1))
+    at_once = max(1, chunk.rows // len(x))
     total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     for i in range(0, steps, at_once):
         points = torch.cat([torch.lerp(baseline, x, a) for a in alphas[i:i + at_once]])
@@ -98,13 +97,13 @@ def expected_gradients(
     chunk:int|None=None, # rows per model call; None: as many rows as `x` has
 )->Tensor:               # attributions, shaped like `x`
     "Expected gradients, also known as GradientSHAP (Erion et al. 2019, arXiv:1906.10670)."
-    check_finite("x", x), check_finite("background", background)
-    if not len(background) or background.shape[1:] != x.shape[1:]: refuse("background", f"shape {tuple(background.shape)}", f"(K, {', '.join(map(str, x.shape[1:]))}), K at least 1")
+    check_inputs("x", x), check_inputs("background", background)
+    if background.shape[1:] != x.shape[1:]: refuse("background", f"shape {tuple(background.shape)}", f"(K, {', '.join(map(str, x.shape[1:]))}), K at least 1")
     generator, size = seeded(generator, x.device), (check_count("samples", samples), len(x))
     which = torch.randint(len(background), size, generator=generator, device=generator.device).to(x.device)
     alphas = torch.rand(size, generator=generator, device=generator.device).to(x).view(*size, *[1] * (x.ndim - 1))
     chunk, args = Chunk.of(chunk, len(x)), _args(args, x)
-    at_once, total = max(1, chunk.rows // max(len(x), 1)), torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    at_once, total = max(1, chunk.rows // len(x)), torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     for i in range(0, samples, at_once):
         drawn = background[which[i:i + at_once]]
         points = torch.lerp(drawn, x.expand_as(drawn), alphas[i:i + at_once])
@@ -124,12 +123,12 @@ def noisy_attributions(
     chunk:int|None=None, # rows per model call; None: as many rows as `x` has
 )->tuple[Tensor, Tensor]: # mean and (population) variance over the copies, each shaped like `x`
     "Mean and variance of the attributions of noisy copies of the input, streamed (Welford 1962): the one pass behind the three below."
-    check_finite("x", x), check_count("samples", samples)
+    check_inputs("x", x), check_count("samples", samples)
     if not 0 < noise < float("inf"): refuse("noise", noise, "a positive number")
     generator, chunk, args = seeded(generator, x.device), Chunk.of(chunk, len(x)), _args(args, x)
     flat = x.flatten(1)
     scale = (noise * (flat.amax(1) - flat.amin(1))).view(-1, *[1] * (x.ndim - 1))
-    at_once, seen = max(1, chunk.rows // max(len(x), 1)), 0
+    at_once, seen = max(1, chunk.rows // len(x)), 0
     mean, squares = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
     while seen < samples:
         copies = torch.cat([x + scale * normal_like(x, generator) for _ in range(min(at_once, samples - seen))])

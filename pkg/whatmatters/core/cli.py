@@ -26,6 +26,7 @@ def main(
     except BrokenPipeError: # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error: return _say(f"{error.filename or 'file'}: {error.strerror}", 2)
 
 def _say(message, code):
     print(f"whatmatters: {message}", file=sys.stderr)

@@ -55,7 +55,7 @@ def _embedded(name):
     return Data(x, torch.tensor(bunch.target), tuple(str(c) for c in bunch.target_names))
 
 # %% ../../../nbs/core/03_data.ipynb #_table
-def _table(path, text, label):
+def _table(path, text, label, classes=None):
     import pandas as pd
     kind = path.suffix
     if kind == ".parquet": frame = pd.read_parquet(path)
@@ -66,16 +66,21 @@ def _table(path, text, label):
         read = dict(sep="\t", quoting=3) if kind == ".tsv" else {}
         frame = pd.read_csv(path, header=None, names=["text", "label"], **read) if headless and len(first) == 2 else pd.read_csv(path, **read)
     names = list(frame.columns)
-    text = text or next((n for n in names if pd.api.types.is_string_dtype(frame[n])), None)
     label = label or next((n for n in ("label", "labels", "target", "class") if n in names), None)
+    text = text or next((n for n in names if n != label and pd.api.types.is_string_dtype(frame[n])), None)
     if text not in names or label not in names: refuse("data", f"{path.name} with the columns {', '.join(map(str, names))}", "a column of text and one named label, or their names as text= and label=")
-    return _labelled(frame[text].astype(str).tolist(), frame[label].tolist())
+    if frame[[text, label]].isna().any(axis=None): refuse("data", f"{path.name} with empty entries", f"a {text} and a {label} in every row")
+    return _labelled(frame[text].astype(str).tolist(), frame[label].tolist(), names=classes)
 
 def _labelled(x, labels, names=None):
-    if names is None and all(isinstance(l, (int, np.integer)) for l in labels): return Data(x, torch.tensor(labels), tuple(str(i) for i in range(max(labels) + 1)))
-    names = list(names or sorted(set(labels)))
+    "Labels as whole numbers; words are numbered in the order of `names`, those of the training split when there is one before."
+    if not labels: refuse("data", "no rows", "at least one")
+    if all(isinstance(l, (int, np.integer)) for l in labels):
+        return Data(x, torch.tensor(labels, dtype=torch.long), tuple(names or map(str, range(max(labels) + 1))))
+    names = list(map(str, names or sorted(set(map(str, labels)))))
     index = {n: i for i, n in enumerate(names)}
-    return Data(x, torch.tensor([l if isinstance(l, (int, np.integer)) else index[l] for l in labels]), tuple(map(str, names)))
+    if odd := sorted({str(l) for l in labels} - set(names)): refuse("data", f"the labels {', '.join(odd)}", f"only {', '.join(names)}, as in the training split")
+    return Data(x, torch.tensor([index[str(l)] for l in labels]), tuple(names))
 
 # %% ../../../nbs/core/03_data.ipynb #_strips
 def _strips(folder):
@@ -95,8 +100,9 @@ def _folder(folder, text, label, size):
     tables = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix in (".csv", ".tsv", ".json", ".jsonl", ".parquet")}
     if (folder/"labels.npy").exists() and list(folder.glob("*.png")): return {"train": _strips(folder)}
     if tables:
-        found = [n for n in ("train", *TEST_SPLITS) if n in tables] or list(tables)[:1]
-        return {"train" if i == 0 else n: _table(tables[n], text, label) for i, n in enumerate(found)}
+        if "train" not in tables and len(tables) > 1: refuse("data", f"the tables {', '.join(p.name for p in tables.values())}", "one table, or one named train and others named test or validation")
+        splits = {"train": _table(tables.get("train", next(iter(tables.values()))), text, label)}
+        return splits | {n: _table(tables[n], text, label, splits["train"].classes) for n in TEST_SPLITS if n in tables and len(tables) > 1}
     inside = [p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")]
     if any(p.parent != folder for p in inside): return _splits("imagefolder", text, label, size, data_dir=str(folder), streaming=True)
     refuse("data", f"the folder {folder} with no table and no folders of images", "train and test tables, a folder of images per class, or PNG strips with labels.npy")
@@ -108,16 +114,17 @@ def _splits(source, text, label, size, **options):
     try: splits = datasets.load_dataset(source, **options)
     except Exception as error: refuse("data", f"{source!r}, which did not load ({type(error).__name__}: {str(error).splitlines()[0][:120]})", "a data set that the hub has and this machine reaches")
     result = {}
-    for name in [n for n in splits if n == "train" or n in TEST_SPLITS]:
+    for name in [n for n in ("train", *TEST_SPLITS) if n in splits]:
         features = splits[name].features
         of = lambda kind: next((n for n, f in features.items() if isinstance(f, kind)), None)
         label_column = label or of(datasets.ClassLabel) or ("label" if "label" in features else None)
         image = of(datasets.Image)
-        column = text or image or next((n for n, f in features.items() if getattr(f, "dtype", None) in ("string", "large_string")), None)
+        column = text or image or next((n for n, f in features.items() if n != label_column and getattr(f, "dtype", None) in ("string", "large_string")), None)
         if label_column not in features or column not in features: refuse("data", f"{source} with the columns {', '.join(features)}", "an image or a text, and a label, or their names as text= and label=")
         rows = [(r[column], r[label_column]) for r in splits[name]]
         x = _pixels([r[0] for r in rows], size) if column == image else [r[0] for r in rows]
-        result[name] = _labelled(x, [r[1] for r in rows], getattr(features[label_column], "names", None))
+        names = getattr(features[label_column], "names", None) or (result["train"].classes if "train" in result else None)
+        result[name] = _labelled(x, [r[1] for r in rows], names)
     return result
 
 def _pixels(images, size):
@@ -165,6 +172,7 @@ class Words(NamedTuple):
 
     PAD, MASK, UNKNOWN = 0, 1, 2
 
+# %% ../../../nbs/core/03_data.ipynb #words
 def words(
     train:list,          # training texts; their words make the vocabulary
     test:list,           # test texts

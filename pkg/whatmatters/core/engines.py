@@ -86,6 +86,8 @@ def run_cell(
         except BaseException as raised: error = raised
     new = nbformat.v4.new_output
     outputs = [new("stream", name=n, text=t) for n, t in (("stdout", captured.stdout), ("stderr", captured.stderr)) if t]
-    outputs += [new("display_data", data=o.data, metadata=o.metadata or {}) for o in captured.outputs]
+    shown = {} # an update of a display takes its place
+    for i, o in enumerate(captured.outputs): shown[(o.transient or {}).get("display_id", i)] = new("display_data", data=o.data, metadata=o.metadata or {})
+    outputs += shown.values()
     if error is not None: outputs.append(new("error", ename=type(error).__name__, evalue=str(error), traceback=traceback.format_exception(error)))
     return outputs, error

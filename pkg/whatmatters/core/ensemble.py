@@ -43,28 +43,31 @@ class Ensemble:
         i:int, # which one
     )->nn.Module:
         "A copy of one member, as an ordinary module in evaluation mode."
-        network = copy.deepcopy(self.network).eval()
-        state = {**self.parameters, **self.buffers}
-        network.load_state_dict({name: state[name][i] for name in network.state_dict()})
+        network, state = copy.deepcopy(self.network).eval(), {**self.parameters, **self.buffers}
+        with torch.no_grad():
+            for name, t in (*network.named_parameters(), *network.named_buffers()): t.copy_(state[name][i])
         return network
 
-    @torch.no_grad()
     def predict(self,
         inputs,             # a tensor (N, ...), or a function of members (G,) and rows (G, b)
         n:int|None=None,    # number of rows, when `inputs` is a function
         batch_size:int=512, # rows per member and pass
     )->Tensor:              # outputs, (M, N, ...)
         "What every member says of every row: one forward pass per member and row."
+        return self._each(inputs, n, batch_size, lambda out: out)
+
+    def _each(self, inputs, n, batch_size, reduce):
+        "`reduce` of the outputs of every batch, so that only what is wanted is kept."
         n, network = len(inputs) if isinstance(inputs, Tensor) else n, self.network.eval()
         def group(which):
             state = [{k: v[which] for k, v in s.items()} for s in (self.parameters, self.buffers)]
             members = torch.arange(len(self), device=self.losses.device)[which]
             def batch(rows):
-                if isinstance(inputs, Tensor): return _forward(network, *state, inputs[rows], shared=True)
+                if isinstance(inputs, Tensor): return reduce(_forward(network, *state, inputs[rows], shared=True))
                 at = torch.arange(n, device=members.device)[rows].expand(len(members), -1)
-                return _forward(network, *state, inputs(members, at))
-            return torch.cat(Chunk(batch_size).over(n, batch), 1)
-        return torch.cat(Chunk(self.group).over(len(self), group))
+                return reduce(_forward(network, *state, inputs(members, at)))
+            return torch.cat(Chunk(check_count("batch_size", batch_size)).over(n, batch), 1)
+        with torch.no_grad(): return torch.cat(Chunk(self.group).over(len(self), group))
 
     def accuracy(self,
         inputs,             # as for `predict`
@@ -72,7 +75,7 @@ class Ensemble:
         batch_size:int=512, # rows per member and pass
     )->Tensor:              # share of rows that each member classifies right, (M,)
         "Accuracy of every member."
-        return (self.predict(inputs, len(targets), batch_size).argmax(-1) == targets).double().mean(1)
+        return (self._each(inputs, len(targets), batch_size, lambda out: out.argmax(-1)) == targets).double().mean(1)
 
 # %% ../../../nbs/core/05_ensemble.ipynb #_forward
 def _forward(network, parameters, buffers, x, shared=False):
@@ -109,7 +112,7 @@ def _unstackable(network):
     "Layers with random draws or running statistics, which differ from member to member inside one call."
     for layer in network.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats: return "batch statistics"
-        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0: return "dropout"
+        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0 or isinstance(layer, nn.MultiheadAttention) and layer.dropout > 0: return "dropout"
 
 # %% ../../../nbs/core/05_ensemble.ipynb #train_ensemble
 adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
@@ -139,8 +142,9 @@ def train_ensemble(
     initial = {s: _initial(make, s) for s in dict.fromkeys(seeds)}
     network = copy.deepcopy(initial[seeds[0]]).to(targets.device)
     first = torch.arange(min(batch_size, targets.shape[-1]), device=targets.device)
-    if group is None: group = group_size(network, len(seeds), inputs[first] if isinstance(inputs, Tensor) else inputs(first[:1] * 0, first[None])[0])
-    if (why := _unstackable(network)) and check_count("group", group) > 1: refuse("group", group, f"1 for a network with {why}")
+    if group is not None: check_count("group", group)
+    else: group = group_size(network, len(seeds), inputs[first] if isinstance(inputs, Tensor) else inputs(first[:1] * 0, first[None])[0])
+    if (why := _unstackable(network)) and group > 1: refuse("group", group, f"1 for a network with {why}")
     chunk = Chunk(group)
     def step(which):
         state = stack_module_state([initial[s] for s in seeds[which]])
@@ -156,7 +160,7 @@ def train_ensemble(
 # %% ../../../nbs/core/05_ensemble.ipynb #_train
 def _train(network, parameters, buffers, inputs, targets, members, seeds, weights, loss, optimizer, epochs, batch_size, tell):
     "Train one group in place; returns the mean loss of every epoch, (G, epochs)."
-    trained = [p.requires_grad_() for p in parameters.values()]
+    trained = [parameters[name].requires_grad_() for name, p in network.named_parameters() if p.requires_grad] # the frozen stay frozen
     stepper, n, losses = optimizer(trained), targets.shape[-1], []
     orders = {s: torch.Generator().manual_seed(s) for s in dict.fromkeys(seeds)}
     at = torch.tensor([list(orders).index(s) for s in seeds])
@@ -181,13 +185,14 @@ def _train(network, parameters, buffers, inputs, targets, members, seeds, weight
     return torch.stack(losses, 1)
 
 def _initial(make, seed):
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(): # the GPU's generators too: manual_seed sets them all
         torch.manual_seed(seed)
         return make()
 
 def _check_data(inputs, targets, weights, members):
     if targets.ndim not in (1, 2) or targets.ndim == 2 and len(targets) != members: refuse("targets", f"shape {tuple(targets.shape)}", f"(N,) or ({members}, N)")
     n = targets.shape[-1]
+    if not n: refuse("targets", "none", "at least one")
     if isinstance(inputs, Tensor):
         check_finite("inputs", inputs)
         if len(inputs) != n: refuse("inputs", f"{len(inputs)} rows", f"{n}, as many as targets")

@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'FEWEST', 'CLAIM', 'RECORD', 'COLOURS', 'folder', 'names',
            'fits', 'parse', 'resolve', 'judge', 'claim', 'progress', 'write', 'record', 'commit', 'digest',
            'code_digest', 'RunFailed', 'run', 'Run', 'harvest', 'title_of', 'declared_claims', 'report']
 
-# %% ../../../nbs/core/07_experiments.ipynb #53aa4a7d
+# %% ../../../nbs/core/07_experiments.ipynb #8208e197
 import ast
 import base64
 import contextlib
@@ -19,6 +19,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,10 +39,12 @@ def folder()->Path:
     "Where the experiments are: in the package, which in a checkout is `nbs/experiments`."
     return PACKAGE/"experiments"
 
+# %% ../../../nbs/core/07_experiments.ipynb #names
 def names()->list:
     "Names of all experiments."
     return sorted(p.stem for p in folder().glob("*.ipynb"))
 
+# %% ../../../nbs/core/07_experiments.ipynb #find
 def find(
     name:str, # of an experiment, or the path of a notebook of your own
 )->Path:
@@ -50,6 +53,7 @@ def find(
     if name not in names(): _unknown("experiment", name, names())
     return folder()/f"{name}.ipynb"
 
+# %% ../../../nbs/core/07_experiments.ipynb #presets
 def presets(
     path:Path, # notebook
 )->dict:
@@ -86,11 +90,11 @@ def fits(
     value,     # anything
     kind:str,  # "int", "float", "bool", "str", "list[float]", "int | None", ...
 )->bool:
-    "Whether a value is of a declared type; a whole number is a float too, a bool is no number."
+    "Whether a value is of a declared type; a whole number is a float too, NaN and infinities are not."
     if " | " in kind: return any(fits(value, k) for k in kind.split(" | "))
     if kind.startswith("list["): return isinstance(value, list) and all(fits(v, kind[5:-1]) for v in value)
     if kind == "None": return value is None
-    if kind in ("int", "float"): return not isinstance(value, bool) and isinstance(value, (int, float) if kind == "float" else int)
+    if kind == "float": return not isinstance(value, bool) and isinstance(value, (int, float)) and abs(value) < float("inf")
     return type(value).__name__ == kind
 
 # %% ../../../nbs/core/07_experiments.ipynb #parse
@@ -98,12 +102,15 @@ def parse(
     text:str, # as typed on the command line
     kind:str, # declared type
 ):            # the value, not yet checked
-    "A value from the command line: text stays text, everything else is read as YAML."
-    if kind == "str": return text
-    value = yaml.safe_load(text)
-    if isinstance(value, str) and "float" in kind: # YAML takes 1e-3 for a word
-        with contextlib.suppress(ValueError): return float(value)
-    return None if value == "None" and "None" in kind else value
+    "A value from the command line: text stays text, everything else is read as YAML, for which 1e-3 is a word."
+    kinds = kind.split(" | ")
+    if "None" in kinds and text in ("None", "null"): return None
+    if "str" in kinds: return text
+    try: value = yaml.safe_load(text)
+    except yaml.YAMLError: return text # which then does not fit
+    number = lambda v: float(v) if isinstance(v, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", v) else v
+    if "float" in kind: return [number(v) for v in value] if isinstance(value, list) else number(value)
+    return value
 
 # %% ../../../nbs/core/07_experiments.ipynb #resolve
 def resolve(
@@ -136,9 +143,10 @@ def judge(
     expect:str="> 0",    # "> c", "< c", "in [a, b]" or "outside [a, b]"
     level:float=.95,     # of the interval
 ):                       # `Interval` of the mean and "holds", "fails" or "inconclusive"
-    "The verdict that an interval gives."
-    from whatmatters.core.stats import bootstrap
-    interval, (low, high) = bootstrap(values, level), _bounds(expect)
+    "The verdict that an interval gives; undefined values (NaN) do not count."
+    from whatmatters.core.stats import Interval, bootstrap
+    defined, nan = [float(v) for v in values if v == v], float("nan") # a run may leave a number undefined, such as a ratio over nothing
+    interval, (low, high) = bootstrap(defined, level) if defined else Interval(nan, nan, nan, 0), _bounds(expect)
     if interval.n < FEWEST: return interval, "inconclusive"
     inside, outside = low < interval.low and interval.high < high, interval.high <= low or interval.low >= high
     if expect.startswith("outside"): inside, outside = outside, inside
@@ -146,9 +154,9 @@ def judge(
 
 def _bounds(expect):
     "The range that an expectation names."
-    with contextlib.suppress(ValueError, IndexError):
+    with contextlib.suppress(ValueError, SyntaxError, TypeError):
         sign, rest = expect.strip().split(" ", 1)
-        if sign in "<>": return (float(rest), float("inf")) if sign == ">" else (-float("inf"), float(rest))
+        if sign in ("<", ">"): return (float(rest), float("inf")) if sign == ">" else (-float("inf"), float(rest))
         if sign in ("in", "outside"): return tuple(map(float, ast.literal_eval(rest)))
     _refuse("expect", repr(expect), '"> c", "< c", "in [a, b]" or "outside [a, b]"')
 
@@ -168,8 +176,9 @@ def claim(
     values = [float(v) for v in values]
     interval, verdict = judge(values, expect, level)
     entry = dict(system=system, says=says, expect=expect, what=what, level=level, values=values, mean=interval.mean, low=interval.low, high=interval.high, verdict=verdict)
-    entry = {k: None if isinstance(v, float) and v != v else v for k, v in entry.items()} # JSON has no NaN
-    measured = f"{interval} {what}, {len(values)} runs; expected {expect}"
+    none = lambda v: None if isinstance(v, float) and v != v else v # JSON has no NaN
+    entry = {k: list(map(none, v)) if k == "values" else none(v) for k, v in entry.items()}
+    measured = f"{interval} {what}, {len(values)} runs{f', {len(values) - interval.n} of them undefined' if interval.n < len(values) else ''}; expected {expect}"
     page = f'<div style="border-left:4px solid {COLOURS[verdict]};padding:2px 10px"><b>{verdict}</b> · {html.escape(says)}<br><small>{html.escape(measured)}</small></div>'
     display({CLAIM: entry, "text/html": page, "text/plain": f"[{verdict}] {says}: {measured}"}, raw=True)
 
@@ -225,6 +234,7 @@ def _peak_memory():
     except ImportError: return None # Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
+# %% ../../../nbs/core/07_experiments.ipynb #commit
 def commit()->str|None:
     "Git commit of the code that runs, with a + when the tree has changes; None outside a checkout."
     ask = lambda *a: subprocess.run(["git", "-C", str(PACKAGE), *a], capture_output=True, text=True)
@@ -240,6 +250,7 @@ def digest(
     "Eight characters that stand for the parts."
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
+# %% ../../../nbs/core/07_experiments.ipynb #code_digest
 def code_digest(
     notebook, # notebook node
 )->str:
@@ -250,6 +261,7 @@ def code_digest(
 class RunFailed(Exception):
     "An experiment that did not reach its end; the message says where and why."
 
+# %% ../../../nbs/core/07_experiments.ipynb #run
 def run(
     name:str,               # experiment, or path of a notebook
     preset:str|None=None,   # preset
@@ -261,6 +273,7 @@ def run(
     bar:bool=False,         # show a progress bar
 )->tuple[Path, bool]:       # the executed notebook, and whether it was executed now
     "Execute an experiment and leave the executed notebook, with its record, in `out`."
+    if engine not in ("kernel", "warm"): _refuse("engine", repr(engine), '"kernel" or "warm"')
     path = find(name)
     values, out = resolve(path, preset, given, typed), Path(out)
     notebook = nbformat.read(path, 4)
@@ -359,6 +372,7 @@ def _harvest(path):
     key = [d["image/png"] for d in data(c for c in notebook.cells if "key-figure" in c.metadata.get("tags", [])) if "image/png" in d]
     return Run(path, title_of(notebook), notebook.metadata.whatmatters, [d[CLAIM] for d in data(notebook.cells) if CLAIM in d], "".join(key[0].split()) if key else None)
 
+# %% ../../../nbs/core/07_experiments.ipynb #title_of
 def title_of(
     notebook, # notebook node
 )->str:

@@ -46,6 +46,7 @@ def top(
     "Keep the highest scores: exactly `k`, or a share; of equal scores the first."
     if (k is None) == (ratio is None): refuse("k, ratio", f"{k}, {ratio}", "one of the two")
     if isinstance(scores, dict):
+        if valid is not None: refuse("valid", "a mask", "none with a dict of scores")
         if per != "model": return {name: top(s, k, ratio, per) for name, s in scores.items()}
         mask = top(torch.cat([s.flatten() for s in scores.values()]), k, ratio, "tensor")
         return {name: m.view(s.shape) for (name, s), m in zip(scores.items(), mask.split([s.numel() for s in scores.values()]))}
@@ -53,8 +54,9 @@ def top(
         if valid is not None: refuse("valid", "a mask", 'none with per="tensor"')
         return top(scores.reshape(1, -1), k, ratio).view(scores.shape)
     if per != "row": refuse("per", repr(per), '"row", "tensor", or "model" with a dict')
+    if scores.ndim < 2: refuse("scores", f"{scores.ndim} dimensions", 'rows and columns, or per="tensor"')
     places = ranks(scores, valid)
-    room = torch.full((len(scores),), scores[0].numel(), device=scores.device) if valid is None else valid.flatten(1).sum(1)
+    room = torch.full((len(scores),), scores.shape[1:].numel(), device=scores.device) if valid is None else valid.flatten(1).sum(1)
     wanted = count_of(ratio, room) if k is None else torch.full_like(room, check_count("k", k, 0))
     if (wanted > room).any(): refuse("k", k, f"at most {int(room.min())}, the fewest in a row")
     return places < wanted.view(-1, *[1] * (scores.ndim - 1))

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['image_maps', 'Heatmap', 'curves']
 
-# %% ../../../nbs/core/04_show.ipynb #f0fa3564
+# %% ../../../nbs/core/04_show.ipynb #c04f4b6a
 import html
 import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-import torch
 from torch import Tensor
 from .stats import bootstrap
 from .values import refuse, check_finite

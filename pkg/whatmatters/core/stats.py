@@ -34,7 +34,8 @@ def bootstrap(
     if not 0 < level < 1: refuse("level", level, "a share in (0, 1)")
     n, mean = len(values), float(values.mean())
     if n < 2: return Interval(mean, np.nan, np.nan, n)
-    means = np.random.default_rng(seed).choice(values, (check_count("resamples", resamples), n)).mean(1)
+    draw, block = np.random.default_rng(seed), max(1, 10_000_000 // n) # a block of resamples at a time in memory
+    means = np.concatenate([draw.choice(values, (min(block, resamples - i), n)).mean(1) for i in range(0, check_count("resamples", resamples), block)])
     tail = norm.cdf(np.sqrt(n / (n - 1)) * student.ppf((1 - level) / 2, n - 1))
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(mean, float(low), float(high), n)

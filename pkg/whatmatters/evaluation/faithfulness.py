@@ -6,14 +6,14 @@
 __all__ = ['RATIONALE', 'deletion_curve', 'insertion_curve', 'curve_area', 'comprehensiveness', 'sufficiency', 'infidelity',
            'max_sensitivity', 'Retrained', 'area_below', 'racu', 'roar', 'recursive_roar']
 
-# %% ../../../nbs/evaluation/00_faithfulness.ipynb #4b611a88
+# %% ../../../nbs/evaluation/00_faithfulness.ipynb #c50ac221
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..core.ensemble import train_ensemble
 from ..core.keep import count_of, ranks, top
-from ..core.values import (Chunk, check_broadcast, check_count, check_finite, check_rows, normal_like, refuse, seeded, values_of,
-                                     without)
+from ..core.values import (Chunk, check_broadcast, check_count, check_finite, check_inputs, check_rows, check_shape, normal_like,
+                                     refuse, seeded, values_of, without)
 
 # %% ../../../nbs/evaluation/00_faithfulness.ipynb #_shares
 def _shares(argument, ratios, closed):
@@ -25,8 +25,7 @@ def _shares(argument, ratios, closed):
 
 def _curve(f, x, scores, ratios, fill, valid, args, chunk, keep):
     "Values (B, ratios) with the top share removed (or, with `keep`, with nothing else left)."
-    check_finite("x", x), check_rows("scores", check_finite("scores", scores), x)
-    check_broadcast("scores", torch.zeros(scores.shape, device=x.device), x.new_zeros(x.shape, dtype=torch.float32))
+    check_finite("x", x), check_rows("scores", check_finite("scores", scores), x), check_shape("scores", scores.shape, x.shape, same=True)
     places, fill = ranks(scores, valid), check_broadcast("fill", fill, x)
     room = (torch.ones_like(scores, dtype=torch.bool) if valid is None else valid).flatten(1).sum(1)
     chunk, columns = Chunk.of(chunk, len(x)), []
@@ -85,9 +84,10 @@ def comprehensiveness(
     ratios=RATIONALE,      # shares removed
     fill=0., valid=None, args=(), chunk=None, # as for `deletion_curve`
 )->Tensor:                 # mean over the ratios of f(x) - f(x without the top share), (B,); high is faithful
-    "Comprehensiveness (DeYoung et al. 2019, arXiv:1911.03429). One forward pass per ratio and one more."
+    "Comprehensiveness (DeYoung et al. 2019, arXiv:1911.03429; a plain mean over the ratios given). One forward pass per ratio and one more."
     return values_of(f, x, args, chunk) - deletion_curve(f, x, scores, ratios, fill, valid, args, chunk).mean(1)
 
+# %% ../../../nbs/evaluation/00_faithfulness.ipynb #sufficiency
 def sufficiency(
     f,                     # value function, usually a probability: (B, ...) and `args` -> (B,)
     x:Tensor,              # inputs, (B, ...)
@@ -95,7 +95,7 @@ def sufficiency(
     ratios=RATIONALE,      # shares left
     fill=0., valid=None, args=(), chunk=None, # as for `deletion_curve`
 )->Tensor:                 # mean over the ratios of f(x) - f(the top share alone), (B,); low is faithful
-    "Sufficiency (DeYoung et al. 2019, arXiv:1911.03429). One forward pass per ratio and one more."
+    "Sufficiency (DeYoung et al. 2019, arXiv:1911.03429; a plain mean over the ratios given). One forward pass per ratio and one more."
     return values_of(f, x, args, chunk) - insertion_curve(f, x, scores, ratios, fill, valid, args, chunk).mean(1)
 
 # %% ../../../nbs/evaluation/00_faithfulness.ipynb #infidelity
@@ -110,7 +110,8 @@ def infidelity(
     chunk:int|None=None,  # rows per model call; None: as many rows as `x` has
 )->Tensor:                # expected squared error, (B,), in squared units of `f`; 0 is perfect
     "Infidelity (Yeh et al. 2019, arXiv:1901.09392)."
-    check_finite("x", x), check_finite("scores", scores), check_count("samples", samples)
+    check_inputs("x", x), check_finite("scores", scores), check_count("samples", samples)
+    if not callable(perturb) and not 0 < perturb < float("inf"): refuse("perturb", perturb, "a positive number or a function")
     if scores.shape != x.shape: refuse("scores", f"shape {tuple(scores.shape)}", f"that of the inputs, {tuple(x.shape)}")
     draw = perturb if callable(perturb) else lambda x, generator: perturb * normal_like(x, generator)
     generator, chunk = seeded(generator, x.device), Chunk.of(chunk, len(x))
@@ -130,8 +131,9 @@ def max_sensitivity(
     args:tuple=(),     # further arguments of `explain`, each with one entry per row of `x`
     generator=None,    # generator or seed; None: seed 0
 )->Tensor:             # largest relative change of the scores, (B,); 0 is stable
-    "Max-sensitivity: max |scores(x + d) - scores(x)| / |scores(x)| over |d| <= radius, by sampling (Yeh et al. 2019, arXiv:1901.09392)."
-    check_finite("x", x), check_count("samples", samples)
+    """Max-sensitivity: max |scores(x + d) - scores(x)| / |scores(x)| over |d| <= radius, by sampling (Yeh et al. 2019, arXiv:1901.09392; the
+    change relative to the scores, as Captum measures it, so that methods of different scale compare)."""
+    check_inputs("x", x), check_count("samples", samples)
     if not 0 < radius < float("inf"): refuse("radius", radius, "a positive number")
     generator, scores = seeded(generator, x.device), explain(x, *args)
     norm, worst = scores.flatten(1).norm(dim=1).clamp_min(1e-12), torch.zeros(len(x), dtype=scores.dtype, device=x.device)
@@ -172,10 +174,11 @@ def racu(
     curve:Tensor,  # performance (points, ...) of a measure, from nothing masked to everything masked
     random:Tensor, # the same of a random ranking
     ratios,        # shares masked, (points,), from 0 to 1
-)->Tensor:         # (...): 0 is random, higher is more faithful, negative is worse than random
+)->Tensor:         # (...): 0 is random, higher is more faithful, negative is worse than random; NaN where random itself loses nothing
     """Relative area between curves (Madsen et al. 2021, arXiv:2110.08412): the area between random and measure, divided by the area
     between random and the performance with everything masked, which no measure can go below."""
-    return area_below(curve, random, ratios) / area_below(random[-1:].expand_as(random), random, ratios)
+    most = area_below(random[-1:].expand_as(random), random, ratios)
+    return torch.where(most > 0, area_below(curve, random, ratios) / most, torch.nan)
 
 # %% ../../../nbs/evaluation/00_faithfulness.ipynb #_Retraining
 class _Retraining:
@@ -190,23 +193,23 @@ class _Retraining:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds): refuse("seeds", self.seeds, "different whole numbers, at least one")
         self.measures = {"random": _random, **measures}
         self.inputs, self.targets = (x, test_x), (y, test_y)
-        self.valid = [torch.ones_like(i, dtype=torch.bool) if valid is None else valid(i) for i in self.inputs]
+        self.valid = [None if valid is None else valid(i) for i in self.inputs]
         self.train = lambda inputs, seeds, progress: train_ensemble(make, inputs, y, seeds, progress=progress, **training)
 
     def orders(self, networks, removed=None):
         "Order of removal, most important first, by the networks of each measure: for training and test inputs, (measures * seeds, N, ...)."
-        orders = [], []
-        for m, measure in enumerate(self.measures.values()):
+        orders, players = ([], []), None
+        for m, (name, measure) in enumerate(self.measures.items()):
             for s, seed in enumerate(self.seeds):
                 generator = seeded(1_000_003 * (seed + 1), self.targets[0].device)
                 for which, (x, valid) in enumerate(zip(self.inputs, self.valid)):
                     gone = removed[which][m * len(self.seeds) + s] if removed else None
                     scores = measure(networks[m * len(self.seeds) + s], x if gone is None else without(x, gone, self.fill), generator)
-                    check_rows("scores", check_finite("scores", scores), x), check_broadcast("scores", torch.zeros(scores.shape), torch.empty(x.shape))
-                    if gone is not None: scores = torch.where(gone, scores.amax() + 1, scores) # what is gone stays in front
-                    players = scores[0].numel()
-                    places = ranks(scores, valid if scores.shape == x.shape else None)
-                    orders[which].append(places.to(torch.int16 if players < 2 ** 15 else torch.int32))
+                    check_rows("scores", check_finite("scores", scores), x), check_shape("scores", scores.shape, x.shape, same=True)
+                    players = players or scores.shape[1:]
+                    if scores.shape[1:] != players: refuse("scores", f"shape {tuple(scores.shape)} from {name}", f"(N, {', '.join(map(str, players))}), as from the random ranking")
+                    if gone is not None: scores = torch.where(gone, scores.double().amax() + 1, scores.double()) # what is gone stays in front
+                    orders[which].append(ranks(scores, valid).to(torch.int16 if players.numel() < 2 ** 15 else torch.int32))
         return [torch.stack(o) for o in orders]
 
     def retrain(self, orders, ratios, members, progress):
@@ -214,7 +217,7 @@ class _Retraining:
         order, ratio, seeds = zip(*members)
         order, ratio = (torch.tensor(t, device=self.targets[0].device) for t in (order, ratio))
         def removal(places, valid):
-            room = valid.flatten(1).sum(1) if places.shape[1:] == valid.shape else torch.full((len(valid),), places[0, 0].numel(), device=valid.device)
+            room = torch.full(places.shape[1:2], places[0, 0].numel(), device=places.device) if valid is None else valid.flatten(1).sum(1)
             counts = torch.stack([count_of(r, room) for r in ratios])
             def removed(which, rows):
                 count = counts[ratio[which, None], rows]
@@ -235,11 +238,11 @@ def roar(
     make,               # builds a network: () -> module
     train,              # training inputs (N, ...) and classes (N,)
     test,               # test inputs and classes
-    measures:dict,      # name -> (network, x, generator) -> scores, one per player, broadcastable to x; "random" is added
+    measures:dict,      # name -> (network, x, generator) -> scores, one per player (a pixel, not its channels); "random" is added
     ratios=(.1, .3, .5, .7, .9), # shares removed, each in (0, 1); 0 and 1 are added
     seeds=5,            # number of training runs per point, or their seeds
     fill=None,          # what stands in for the removed, broadcastable to one input; None: the mean of the channel over the training inputs
-    valid=None,         # function of inputs: boolean mask of what counts as a player (not padding); None: everything
+    valid=None,         # function of inputs: boolean mask, shaped like the scores, of what counts as a player (not padding); None: everything
     progress=None,      # called with (member epochs done, of how many)
     **training,         # of `train_ensemble`: epochs, batch_size, optimizer, loss, group
 )->Retrained:           # accuracy of every measure, share and seed
@@ -264,7 +267,7 @@ def recursive_roar(
     make,               # builds a network: () -> module
     train,              # training inputs (N, ...) and classes (N,)
     test,               # test inputs and classes
-    measures:dict,      # name -> (network, x, generator) -> scores, one per player, broadcastable to x; "random" is added
+    measures:dict,      # name -> (network, x, generator) -> scores, one per player (a pixel, not its channels); "random" is added
     ratios=(.2, .4, .6, .8), # shares removed, step by step, each in (0, 1); 0 and 1 are added
     seeds=5,            # number of training runs per point, or their seeds
     fill=None,          # what stands in for the removed, broadcastable to one input; None: the mean of the channel over the training inputs
@@ -279,12 +282,14 @@ def recursive_roar(
     runs, names = len(task.seeds), list(task.measures)
     steps = len(ratios) + 1
     ensemble, removed = task.train(task.inputs[0], task.seeds, None), None
+    orders = None
     accuracy, networks = [ensemble.accuracy(*_last(task)).repeat(len(names))], [ensemble.member(s) for s in range(runs)] * len(names)
     for i, ratio in enumerate([*ratios, 1.]):
         last = i == len(ratios) # everything removed: the same for all
         members = [(k, 0, seed) for k, seed in enumerate(task.seeds * (1 if last else len(names)))]
         tell = progress and (lambda done, total, i=i: progress(i * total + done, steps * total))
-        ensemble, reached, removals = task.retrain(task.orders(networks, removed), [ratio], members, tell)
+        orders = orders if last and orders else task.orders(networks, removed)
+        ensemble, reached, removals = task.retrain(orders, [ratio], members, tell)
         accuracy.append(reached.repeat(len(names)) if last else reached)
         if last: break
         every = torch.arange(len(members), device=reached.device)
