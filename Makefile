@@ -27,6 +27,7 @@ readme:
 
 .venv/ready: constraints.txt pkg/pyproject.toml pkg/requirements.txt
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit('PYTHON: got Python %d.%d, want 3.11 to 3.13, as in: make PYTHON=python3.12 test' % v)"
+	@echo 'setting up .venv with the pinned environment: a few minutes, once'
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"

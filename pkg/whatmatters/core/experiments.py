@@ -289,6 +289,7 @@ def run(
     about = next(o.data[RECORD] for o in reversed(done.cells[-1].outputs) if RECORD in o.get("data", {}))
     done.metadata["whatmatters"] = dict(experiment=path.stem, preset=preset or "default", parameters=values, code=code, started=started,
                                         seconds=round(time.monotonic() - began, 1), engine=engine, **about)
+    done.metadata.get("papermill", {}).update(input_path=path.name, output_path=final.name) # no folder of this machine
     write(final, nbformat.writes(done))
     partial.unlink()
     return final, True
@@ -350,10 +351,11 @@ def _bars(show, label):
 
 # %% ../../../nbs/core/07_experiments.ipynb #Run
 class Run(NamedTuple):
-    "A finished run: file, title, record, claims, and the PNG of its key figure in base64 (or None)."
+    "A finished run: file, title, record, parameters that are not the default, claims, and the PNG of its key figure in base64 (or None)."
     path: Path
     title: str
     about: dict
+    changed: dict
     claims: list
     figure: str|None
 
@@ -370,7 +372,9 @@ def _harvest(path):
     notebook = nbformat.read(path, 4)
     data = lambda cells: [o.data for c in cells if c.cell_type == "code" for o in c.outputs if "data" in o]
     key = [d["image/png"] for d in data(c for c in notebook.cells if "key-figure" in c.metadata.get("tags", [])) if "image/png" in d]
-    return Run(path, title_of(notebook), notebook.metadata.whatmatters, [d[CLAIM] for d in data(notebook.cells) if CLAIM in d], "".join(key[0].split()) if key else None)
+    about, defaults = notebook.metadata.whatmatters, {n: p.default for n, p in parameters(notebook).items()}
+    changed = {n: v for n, v in about["parameters"].items() if v != defaults.get(n)}
+    return Run(path, title_of(notebook), about, changed, [d[CLAIM] for d in data(notebook.cells) if CLAIM in d], "".join(key[0].split()) if key else None)
 
 # %% ../../../nbs/core/07_experiments.ipynb #title_of
 def title_of(
@@ -420,11 +424,12 @@ def _section(run):
     a = run.about
     short = lambda v: html.escape(str(v) if len(str(v)) < 60 else str(v)[:57] + "...")
     facts = dict(preset=a["preset"], device=a["device"], time=f"{a['seconds']} s", **{"peak memory": f"{a['peak_memory_mb']} MB"}, commit=(a["commit"] or "none")[:12], started=a["started"])
+    with_ = f'<p class=facts>with {" · ".join(f"{k} = {short(v)}" for k, v in run.changed.items())}</p>' if run.changed and a["preset"] == "default" else ""
     figure = f'<img alt="key figure of {html.escape(a["experiment"])}" src="data:image/png;base64,{run.figure}">' if run.figure else ""
     rows = "".join(_row(c, run) for c in run.claims)
     table = f"<div class=wide><table><tr><th>system</th><th>the paper says</th><th class=n>measured</th><th></th><th>verdict</th><th></th></tr>{rows}</table></div>" if rows else "<p>This run recorded no claim.</p>"
-    return (f'<section><h2>{html.escape(run.title)}</h2><p class=facts>{" · ".join(f"{k} {short(v)}" for k, v in facts.items())}</p>'
-            f'<details><summary>parameters</summary><p class=facts>{"<br>".join(f"{k} = {short(v)}" for k, v in a["parameters"].items())}</p></details>{table}{figure}</section>')
+    return (f'<section><h2>{html.escape(run.title)}</h2><p class=facts>{" · ".join(f"{k} {short(v)}" for k, v in facts.items())}</p>{with_}'
+            f'<details><summary>all parameters</summary><p class=facts>{"<br>".join(f"{k} = {short(v)}" for k, v in a["parameters"].items())}</p></details>{table}{figure}</section>')
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>whatmatters: report</title><style>
 body{{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:62rem;margin:2rem auto;padding:0 1rem}}
