@@ -435,7 +435,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 body{{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:62rem;margin:2rem auto;padding:0 1rem}}
 h1{{font-size:1.5rem;margin-bottom:0}} h2{{font-size:1.15rem;margin:2.2rem 0 .2rem}} small,.facts,summary{{color:#666;font-size:.82rem}} .facts{{margin:.1rem 0}}
 table{{border-collapse:collapse;width:100%;margin:.8rem 0}} td,th{{text-align:left;vertical-align:top;padding:.45rem .6rem;border-top:1px solid #e4e4e4}} th{{font-weight:600;border-top:0;white-space:nowrap}}
-.n{{white-space:nowrap;font-variant-numeric:tabular-nums}} .v{{color:#fff;border-radius:3px;padding:.1rem .5rem;font-size:.85rem}} .wide{{overflow-x:auto}} img{{max-width:100%;margin-top:.4rem}} a{{color:#1565c0}}
+.n{{white-space:nowrap;font-variant-numeric:tabular-nums}} .v{{color:#fff;border-radius:3px;padding:.1rem .5rem;font-size:.85rem}} td:nth-child(4){{min-width:11rem}} .wide{{overflow-x:auto}} img{{max-width:100%;margin-top:.4rem}} a{{color:#1565c0}}
 </style></head><body><h1>What matters: the report</h1><p>{summary}.</p>
 {body}
 <p class=facts>Each verdict follows from the interval of the mean over runs: it holds when the whole interval agrees with what is expected, fails when none of it does, and is inconclusive otherwise or with fewer than five runs.</p>

@@ -192,7 +192,7 @@ class _Retraining:
         self.seeds = list(range(check_count("seeds", seeds))) if isinstance(seeds, int) else [int(s) for s in seeds]
         if not self.seeds or len(set(self.seeds)) < len(self.seeds): refuse("seeds", self.seeds, "different whole numbers, at least one")
         self.measures = {"random": _random, **measures}
-        self.inputs, self.targets = (x, test_x), (y, test_y)
+        self.inputs, self.targets, self.test = (x, test_x), (y, test_y), (test_x, test_y)
         self.valid = [None if valid is None else valid(i) for i in self.inputs]
         self.train = lambda inputs, seeds, progress: train_ensemble(make, inputs, y, seeds, progress=progress, **training)
 
@@ -257,10 +257,8 @@ def roar(
     members = [(m * runs + s, r, seed) for m in range(len(names)) for r in range(len(ratios)) for s, seed in enumerate(task.seeds)]
     members += [(s, len(ratios), seed) for s, seed in enumerate(task.seeds)] # everything removed: the same for all
     accuracy = task.retrain(task.orders(networks), [*ratios, 1.], members, progress)[1]
-    grid, end, start = accuracy[:-runs].view(len(names), len(ratios), runs), accuracy[-runs:], base.accuracy(*_last(task))
+    grid, end, start = accuracy[:-runs].view(len(names), len(ratios), runs), accuracy[-runs:], base.accuracy(*task.test)
     return Retrained((0., *ratios, 1.), {name: torch.cat([start[None], grid[m], end[None]]).cpu() for m, name in enumerate(names)})
-
-def _last(task): return task.inputs[1], task.targets[1]
 
 # %% ../../../nbs/evaluation/00_faithfulness.ipynb #recursive_roar
 def recursive_roar(
@@ -282,13 +280,12 @@ def recursive_roar(
     runs, names = len(task.seeds), list(task.measures)
     steps = len(ratios) + 1
     ensemble, removed = task.train(task.inputs[0], task.seeds, None), None
-    orders = None
-    accuracy, networks = [ensemble.accuracy(*_last(task)).repeat(len(names))], [ensemble.member(s) for s in range(runs)] * len(names)
+    accuracy, networks = [ensemble.accuracy(*task.test).repeat(len(names))], [ensemble.member(s) for s in range(runs)] * len(names)
     for i, ratio in enumerate([*ratios, 1.]):
         last = i == len(ratios) # everything removed: the same for all
         members = [(k, 0, seed) for k, seed in enumerate(task.seeds * (1 if last else len(names)))]
         tell = progress and (lambda done, total, i=i: progress(i * total + done, steps * total))
-        orders = orders if last and orders else task.orders(networks, removed)
+        if not last: orders = task.orders(networks, removed)
         ensemble, reached, removals = task.retrain(orders, [ratio], members, tell)
         accuracy.append(reached.repeat(len(names)) if last else reached)
         if last: break
