@@ -6,8 +6,7 @@
 __all__ = ['gradient', 'input_x_gradient', 'integrated_gradients', 'path_points', 'expected_gradients', 'noisy_attributions',
            'smoothgrad', 'smoothgrad_squared', 'vargrad', 'random_scores', 'edge_filter']
 
-# %% ../../../nbs/attribution/00_gradients.ipynb #2b7ea6dd
-from functools import partial
+# %% ../../../nbs/attribution/00_gradients.ipynb #f7eb66a2
 import numpy as np
 import torch
 from torch import Tensor

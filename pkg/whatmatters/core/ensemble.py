@@ -173,8 +173,10 @@ def _train(network, parameters, buffers, inputs, targets, members, seeds, weight
                 out = _forward(network, parameters, buffers, inputs[rows] if isinstance(inputs, Tensor) else inputs(members, rows))
                 wanted = targets[rows] if targets.ndim == 1 else targets[members[:, None], rows]
                 each = loss(out.flatten(0, 1), wanted.flatten()).view(rows.shape)
-                w = 1 if weights is None else weights[members[:, None], rows]
-                mean = each.mean(1) if weights is None else (each * w).sum(1) / w.sum(1).clamp_min(1e-12)
+                if weights is None: mean = each.mean(1)
+                else:
+                    w = weights[members[:, None], rows]
+                    mean = (each * w).sum(1) / w.sum(1).clamp_min(1e-12)
                 for p, g in zip(trained, torch.autograd.grad(mean.sum(), trained, allow_unused=True)):
                     p.grad = g if g is None else g.contiguous() # fused optimisers on a CPU silently misread transposed gradients
                 stepper.step()

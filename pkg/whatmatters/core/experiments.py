@@ -7,9 +7,8 @@ __all__ = ['PACKAGE', 'FEWEST', 'CLAIM', 'RECORD', 'COLOURS', 'folder', 'names',
            'fits', 'parse', 'resolve', 'judge', 'claim', 'progress', 'write', 'record', 'commit', 'digest',
            'code_digest', 'RunFailed', 'run', 'Run', 'harvest', 'title_of', 'declared_claims', 'report']
 
-# %% ../../../nbs/core/07_experiments.ipynb #8208e197
+# %% ../../../nbs/core/07_experiments.ipynb #a80232d4
 import ast
-import base64
 import contextlib
 import difflib
 import hashlib

@@ -6,12 +6,12 @@
 __all__ = ['RATIONALE', 'deletion_curve', 'insertion_curve', 'curve_area', 'comprehensiveness', 'sufficiency', 'infidelity',
            'max_sensitivity', 'Retrained', 'area_below', 'racu', 'roar', 'recursive_roar']
 
-# %% ../../../nbs/evaluation/00_faithfulness.ipynb #c50ac221
+# %% ../../../nbs/evaluation/00_faithfulness.ipynb #ff78a95a
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..core.ensemble import train_ensemble
-from ..core.keep import count_of, ranks, top
+from ..core.keep import count_of, ranks
 from ..core.values import (Chunk, check_broadcast, check_count, check_finite, check_inputs, check_rows, check_shape, normal_like,
                                      refuse, seeded, values_of, without)
 
@@ -191,6 +191,7 @@ class _Retraining:
         self.fill = check_broadcast("fill", channel_mean() if fill is None else fill, x[:1])
         self.seeds = list(range(check_count("seeds", seeds))) if isinstance(seeds, int) else [int(s) for s in seeds]
         if not self.seeds or len(set(self.seeds)) < len(self.seeds): refuse("seeds", self.seeds, "different whole numbers, at least one")
+        if "random" in measures: refuse("measures", 'one named "random"', "another name: the random ranking is added")
         self.measures = {"random": _random, **measures}
         self.inputs, self.targets, self.test = (x, test_x), (y, test_y), (test_x, test_y)
         self.valid = [None if valid is None else valid(i) for i in self.inputs]
@@ -213,7 +214,7 @@ class _Retraining:
         return [torch.stack(o) for o in orders]
 
     def retrain(self, orders, ratios, members, progress):
-        "Train a member for each (order, ratio, seed); its accuracy, and a function that gives its network and what it does not see."
+        "Train a member for each (order, ratio, seed); the ensemble, its accuracy, and what its members do not see of training and test inputs."
         order, ratio, seeds = zip(*members)
         order, ratio = (torch.tensor(t, device=self.targets[0].device) for t in (order, ratio))
         def removal(places, valid):
