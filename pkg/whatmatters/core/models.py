@@ -174,8 +174,9 @@ def groups(
     for t in playing.nonzero()[:, 0].tolist():
         a, b = texts.offsets[row, t].tolist()
         shared = [min(b, end) - max(a, start) for start, end in spans]
-        group[t] = shared.index(max(shared)) if max(shared) > 0 else next((i for i, s in enumerate(spans) if s[0] >= a), len(spans) - 1)
-    used = sorted(set(group[playing].tolist())) # a span may hold no token
+        group[t] = shared.index(max(shared)) if max(shared) > 0 else -1 if by not in ("word", "sentence") else next((i for i, s in enumerate(spans) if s[0] >= a), len(spans) - 1)
+    used = sorted(set(group[group >= 0].tolist())) # a span may hold no token
+    if not used: refuse("by", by, "spans that hold a token")
     number = {s: i for i, s in enumerate(used)}
     return torch.tensor([number.get(g, -1) for g in group.tolist()]), [text[slice(*spans[s])] for s in used]
 
