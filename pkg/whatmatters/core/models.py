@@ -296,6 +296,7 @@ def ask(
     at=None,            # place of the token asked about, counted in tokens of the text: where a token is classified; None: at the mask
     new_tokens:int=1,   # how many tokens a language model generates where there is no target
     special:bool=False, # whether tokens that the tokenizer adds are players too
+    generated:bool=False,# whether tokens of a causal model's continuation are players too, for those that follow
 )->Question:            # of B texts
     "Ask a model about texts. Model calls only where there is no target (the answer is the target) or a text to compare with: one forward pass, or one generation."
     if not isinstance(texts, Texts): texts = encode(model, texts, second, special)
@@ -312,7 +313,8 @@ def ask(
         wanted = [[_continuation(model, texts, i, t, new_tokens) for i, t in enumerate(side)] for side in sides]
         if score == "log-odds" and max(len(w) for side in wanted for w in side) > 1: refuse("score", '"log-odds" of several tokens', "another score, or one token")
         names = [[model.tokenizer.decode(w) for w in side] for side in wanted]
-        texts, passages = _extend(model, texts, wanted)
+        if generated and len(sides) > 1: refuse("generated", "True with a contrast", "one continuation")
+        texts, passages = _extend(model, texts, wanted, generated)
     else:
         where = _places(model, texts, at)
         wanted = [_wanted(model, texts, side, where) for side in sides]
@@ -386,7 +388,7 @@ def _continuation(model, texts, row, target, new_tokens):
     if min(found) < 0 or max(found) >= model.config.vocab_size: refuse("target", found, f"token ids from 0 to {model.config.vocab_size - 1}")
     return found
 
-def _extend(model, texts, wanted):
+def _extend(model, texts, wanted, generated):
     "Continuations behind the texts, all but their last tokens, which nobody reads; and where each token is predicted."
     rows, device = len(texts.texts), model.device
     pad = lambda lists, fill=0: torch.nn.utils.rnn.pad_sequence([torch.as_tensor(v) for v in lists], True, fill).to(device)
@@ -400,6 +402,21 @@ def _extend(model, texts, wanted):
         ids, mask = (pad([f[k] + [0] * (width - len(f[k])) for f in full]) for k in (0, 1))
         places = [[len(o) - 1 + min(k, len(w) - 1) for k in range(most)] for o, w in zip(own, side)]
         passages.append(_Passage(ids, mask, torch.zeros_like(ids), pad(places), pad([w + [-1] * (most - len(w)) for w in side])))
-    grow = lambda t: torch.cat([t, t.new_zeros(rows, width - t.shape[1], *t.shape[2:])], 1) if t is not None and t.shape[1] < width else t
-    shown = [t + [model.tokenizer.decode([w]) for w in side[:-1]] for t, side in zip(texts.tokens, wanted[0])]
-    return texts._replace(ids=passages[0].ids, mask=passages[0].mask, types=passages[0].types, players=grow(texts.players), offsets=grow(texts.offsets), tokens=shown), passages
+    grow = lambda t: torch.cat([t, t.new_zeros(rows, width - t.shape[1], *t.shape[2:])], 1)[:, :width] if t is not None else t
+    texts = texts._replace(ids=passages[0].ids, mask=passages[0].mask, types=passages[0].types, players=grow(texts.players), offsets=grow(texts.offsets))
+    return (_with_continuation(model, texts, own, wanted[0]) if generated else texts), passages
+
+def _with_continuation(model, texts, own, wanted):
+    "The continuation as part of the text: its tokens shown, placed and made players."
+    read, shown, offsets, players = [], [], texts.offsets.clone() if texts.offsets is not None else None, texts.players.clone()
+    for i, (text, o, w) in enumerate(zip(texts.texts, own, wanted)):
+        pieces, before = [], model.tokenizer.decode(o)
+        for k in range(1, len(w)): # what each token adds to what is read
+            after = model.tokenizer.decode(o + w[:k])
+            pieces, before = [*pieces, after[len(before):]], after
+            place, start = len(o) + k - 1, len(text) + len("".join(pieces[:-1]))
+            players[i, place] = True
+            if offsets is not None: offsets[i, place] = torch.tensor([start, start + len(pieces[-1])])
+        read.append(text + "".join(pieces))
+        shown.append(texts.tokens[i] + [p.strip() or p for p in pieces])
+    return texts._replace(texts=read, tokens=shown, offsets=offsets, players=players)
