@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['removal', 'infill']
 
-# %% ../../../nbs/core/12_absence.ipynb #23f54595
+# %% ../../../nbs/core/12_absence.ipynb #73eefee8
 import torch
 from torch import Tensor
-from .models import _absent_embedding, _absent_id, _call, _each, _Passage, _total, groups
+from .models import _absent_embedding, _absent_id, _call, _default_absent, _each, _Passage, _total, groups
 from .values import Chunk, check_finite, refuse, seeded
 
 # %% ../../../nbs/core/12_absence.ipynb #_realise
@@ -26,11 +26,6 @@ def _realise(model, passage, gone, absent, generator):
     order = gone.int().argsort(dim=1, stable=True) # those that stay, then those that are gone
     ids, mask, types = (torch.where(gone, filler, t).gather(1, order) for t, filler in ((ids, model.config.pad_token_id or 0), (mask, 0), (types, 0)))
     return None, _Passage(ids, mask, types, where - gone.cumsum(1).gather(1, where), wanted)
-
-def _default_absent(model):
-    tokenizer = model.tokenizer
-    if tokenizer.mask_token_id is not None and model.kind != "causal": return "mask"
-    return "unk" if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id) else "mean"
 
 # %% ../../../nbs/core/12_absence.ipynb #_Prefix
 class _Prefix:

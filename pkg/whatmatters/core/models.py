@@ -263,9 +263,10 @@ class Question:
         return _each(self.model, x, _Passage(*args[:5]), self.score)
 
     def baseline(self,
-        absent:str="zero", # "zero", "mean" of all embeddings, or the embedding of the "mask", "unk" or "pad" token
-    )->Tensor:             # (B, T, H)
+        absent:str|None=None, # "zero", "mean" of all embeddings, or the embedding of the "mask", "unk" or "pad" token; None: mask, else unk, else mean
+    )->Tensor:                # (B, T, H)
         "Where a path starts: players as if absent, everything else as it is, so that it takes no attribution."
+        absent = absent or _default_absent(self.model)
         return torch.where(self.texts.players[..., None], _absent_embedding(self.model, absent).to(self.x), self.x)
 
     def token_scores(self,
@@ -273,6 +274,11 @@ class Question:
     )->Tensor:         # (B, T), 0 where there is no player
         "Scores of tokens from scores of embeddings."
         return torch.where(self.texts.players, scores.sum(-1) if scores.ndim == 3 else scores, 0.)
+
+def _default_absent(model):
+    tokenizer = model.tokenizer # zeros would do for few: a model that normalises embeddings first jumps there
+    if tokenizer.mask_token_id is not None and model.kind != "causal": return "mask"
+    return "unk" if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id) else "mean"
 
 def _absent_embedding(model, absent):
     if absent == "zero": return torch.zeros(())
