@@ -62,7 +62,7 @@ def reagent(
     runs:int=5,          # independent runs that are averaged
     ratio:float=.3,      # share of the tokens replaced in a step
     keep:float=.3,       # share of the tokens that alone must keep the target among the first
-    top_k:int=3,         # so many predictions
+    top_k:int=3,         # so many predictions; 0: never stop before `steps`, at one row per step and run
     steps:int=3000,      # at most so many steps in a run
     at_once:int=4,       # steps of a run per model call
     generator=None,      # generator or seed; None: seed 0
@@ -70,7 +70,8 @@ def reagent(
 )->Reagent:
     """ReAGent (Zhao & Shan 2024, arXiv:2402.00794): recursive attribution by replacement. Two rows per step and run, up to `at_once` - 1 steps of a run
     beyond its last, and one row for the text itself; as many rows of the sampler."""
-    players, most = _check_reagent(ids, target, players, ratio, keep, dict(runs=runs, top_k=top_k, steps=steps, at_once=at_once))
+    players, most = _check_reagent(ids, target, players, ratio, keep, dict(runs=runs, steps=steps, at_once=at_once))
+    check_count("top_k", top_k, 0)
     generator, chunk, cost = seeded(generator), Chunk.of(chunk, 64), [0, 0]
     ask = lambda gone, u: _ask(probabilities, replace, ids, target, gone, u, chunk, cost)
     draw = lambda *size: torch.rand(*size, generator=generator, device=generator.device).to(ids.device)
@@ -84,8 +85,10 @@ def reagent(
         path = [logits[active]]
         for step in torch.where(gone, move, -move): path.append(path[-1] + step) # one after the other: the same sums for every `at_once`
         path = torch.stack(path[1:])
-        best = top(path.flatten(0, 1), k=most, valid=players.expand(path.flatten(0, 1).shape)).view(path.shape)
-        hit = (ask(players & ~best, u[2])[1] < top_k).view(gone.shape[:2]).cpu()
+        hit = torch.zeros(gone.shape[:2], dtype=torch.bool)
+        if top_k:
+            best = top(path.flatten(0, 1), k=most, valid=players.expand(path.flatten(0, 1).shape)).view(path.shape)
+            hit = (ask(players & ~best, u[2])[1] < top_k).view(hit.shape).cpu()
         ends, last = hit.any(0), torch.where(hit.any(0), hit.int().argmax(0), len(hit) - 1)
         logits[active] = path[last, torch.arange(len(active))]
         taken[active] += last + 1
