@@ -287,6 +287,7 @@ def suppress_context(
     maps:Tensor,          # map of each position over the inputs, (T, P), usually not negative
     agreement:Tensor,     # how much two positions have to do with each other, (T, T), in [0, 1]
     scale=None,           # strength c of the subtraction; None: fitted by least squares for every position
+    refit:bool=False,     # fit it to what is taken off, as the token activation map does, rather than to the plain mean of the context
     context:Tensor|None=None, # boolean, (T, T): whose maps may be taken off whose, [t, s]; None: all earlier ones
 )->Tensor:                # maps, (T, P), not negative
     """Activation ranking correlation (Liang et al. 2025, arXiv:2509.22415; weights as explained above, where the paper leaves doubt): a map less those of
@@ -298,11 +299,12 @@ def suppress_context(
     earlier = torch.ones(n, n, dtype=torch.bool, device=maps.device).tril(-1)
     if context is not None: earlier = earlier & context.to(maps.device)
     mean = earlier.to(maps.dtype) / earlier.sum(1, keepdim=True).clamp_min(1)
+    off = (1 - agreement.to(maps.dtype)) * mean @ maps
     if scale is None:
-        before = mean @ maps
+        before = off if refit else mean @ maps
         scale = ((maps * before).sum(1, keepdim=True) / (before * before).sum(1, keepdim=True).clamp_min(1e-12)).clamp_min(0)
     elif not 0 <= scale < math.inf: refuse("scale", scale, "a number that is not negative, or None")
-    return (maps - scale * ((1 - agreement.to(maps.dtype)) * mean) @ maps).clamp_min(0)
+    return (maps - scale * off).clamp_min(0)
 
 # %% ../../../nbs/attribution/05_text.ipynb #raw_attention
 def raw_attention(
