@@ -38,7 +38,7 @@ def layer_integrated_gradients(
     **options,      # of `integrated_gradients`: steps, rule, tolerance, return_error
 ):                  # attributions, shaped like the activation (B, ...); with `return_error` also the completeness error (B,)
     """Integrated gradients along a straight path at a layer, as `integrated_gradients` (Sundararajan et al. 2017, arXiv:1703.01365) of what follows.
-    `steps` forward and backward passes of the part behind the layer; the whole runs forward once and, for a `baseline`, the part before the layer once more."""
+    `steps` forward and backward passes of the part behind the layer; the whole runs forward once and the part before the layer once more for the baseline (one row of each kind, where all inputs share it)."""
     args, chunk = _args(args, x), Chunk.of(chunk, len(x))
     if activation is None:
         if baseline is None and not x.is_floating_point(): refuse("baseline", None, f"one for inputs of {x.dtype}, or the activation that starts the path")
@@ -46,10 +46,19 @@ def layer_integrated_gradients(
         check_finite("x", x)
     g, h, rows = tail(f, x, layer, args, call, chunk)
     if activation is None:
-        before = head(f, layer, call or 0)
-        with torch.no_grad(): activation = torch.cat(chunk.over(len(x), lambda rows: before(baseline[rows], *(a[rows] for a in args))))
+        before, (some, row) = head(f, layer, call or 0), _distinct(baseline, *args)
+        with torch.no_grad(): activation = torch.cat(chunk.over(len(some), lambda rows: before(baseline[some[rows]], *(a[some[rows]] for a in args))))[row]
     elif isinstance(activation, Tensor): check_shape("activation", activation.shape, h.shape)
     return integrated_gradients(g, h, activation, args=(rows,), chunk=chunk, **options)
+
+# %% ../../../nbs/attribution/01_layers.ipynb #_distinct
+def _distinct(first, *args):
+    "One row of each kind, and for every row which of them it is; every row its own kind where `first` differs between rows."
+    every = torch.arange(len(first))
+    if not (first == first[:1]).all(): return every, every
+    if not args: return every[:1], every * 0
+    kind = torch.cat([a.flatten(1) if a.ndim > 1 else a[:, None] for a in args], 1).cpu().unique(dim=0, return_inverse=True)[1]
+    return torch.stack([(kind == k).nonzero()[0, 0] for k in range(int(kind.max()) + 1)]), kind
 
 # %% ../../../nbs/attribution/01_layers.ipynb #layer_conductance
 def layer_conductance(

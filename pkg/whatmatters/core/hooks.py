@@ -167,17 +167,22 @@ class _Output:
 class _Record:
     "A forward pass: `outputs` of the top-most modules that finished before the layer started and, last, of the layer; the value of each row."
     def __init__(self, f, x, args, layer, call, stop=False):
-        open_modules, calls, before, self.outputs, self.rows = [(None, [])], 0, None, None, len(x)
+        open_modules, calls, before, self.outputs, self.rows, around = [(None, [])], 0, None, None, len(x), {None: True}
         def start(module, inputs):
             nonlocal calls, before
             if module.training and isinstance(module, _UNSTEADY) and getattr(module, "p", 1): refuse("f", f"a model with a {type(module).__name__} in training mode", "eval mode")
+            if module not in around: around[module] = any(m is layer for m in module.modules())
             if module is layer:
                 if calls == (call or 0): before = [output for _, finished in open_modules for output in finished]
+                for m, _ in open_modules:
+                    if not around[m]: refuse("layer", f"a {type(layer).__name__} that a {type(m).__name__} calls without having it among its modules", "a registered module")
                 calls += 1
             open_modules.append((module, []))
         def finish(module, inputs, output):
             while open_modules.pop()[0] is not module: pass # those whose exception the model caught
-            if before is None: open_modules[-1][1].append(_Output(module, output))
+            parent, finished = open_modules[-1]
+            if before is None:
+                if around[parent]: finished.append(_Output(module, output)) # within another parent it is not top-most
             elif module is layer and self.outputs is None:
                 _check_activation(tensor_of(output), len(x))
                 self.outputs = [*before, _Output(module, output)]
