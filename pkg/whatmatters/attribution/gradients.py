@@ -42,20 +42,24 @@ def integrated_gradients(
     f,                  # value function: (B, ...) and `args` -> (B,)
     x:Tensor,           # inputs, (B, ...)
     baseline=None,      # where the path starts, broadcastable to `x`; zeros when None
-    steps:int=32,       # points on the path: `steps` forward and backward passes per input
-    rule:str="gauss",   # quadrature: "gauss" (Gauss-Legendre), "trapezoid" or "riemann" (right sums, as in the paper)
+    steps:int|None=None,# points on the path: as many forward and backward passes per input; None: 32. With `tolerance` the most points; None: 129
+    rule:str="gauss",   # quadrature: "gauss" (Gauss-Legendre), "trapezoid" or "riemann" (right sums, as in the paper); unused with `tolerance`
     args:tuple=(),      # further arguments of `f`, each with one entry per row of `x`
     chunk:int|None=None,# rows per model call; None: as many rows as `x` has
-    return_error:bool=False, # also give the completeness error (B,), for two more forward passes
+    return_error:bool=False, # also give the completeness error (B,), for two more forward passes; for none with `tolerance`
+    tolerance:float|None=None, # in place of steps: each input stops at 3, 5, 9, 17 ... points, when its completeness error, in units of `f`, is no larger
 ):                      # attributions, shaped like `x`; they sum to f(x) - f(baseline) but for the error
     "Integrated gradients along a straight path (Sundararajan et al. 2017, arXiv:1703.01365)."
     check_inputs("x", x)
     baseline = check_broadcast("baseline", 0. if baseline is None else baseline, x).expand_as(x)
-    alphas, weights = path_points(steps, rule)
     chunk, args = Chunk.of(chunk, len(x)), _args(args, x)
+    if tolerance is not None:
+        attributions, error = _until_complete(f, x, baseline, 129 if steps is None else steps, tolerance, args, chunk)
+        return (attributions, error) if return_error else attributions
+    alphas, weights = path_points(32 if steps is None else steps, rule)
     at_once = max(1, chunk.rows // len(x))
     total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    for i in range(0, steps, at_once):
+    for i in range(0, len(alphas), at_once):
         points = torch.cat([torch.lerp(baseline, x, a) for a in alphas[i:i + at_once]])
         gradients = values_and_gradients(f, points, _repeat(args, len(points) // len(x)), chunk)[1]
         for g, weight in zip(gradients.split(len(x)), weights[i:]): total.add_(g, alpha=weight)
@@ -84,6 +88,41 @@ def path_points(
         return np.linspace(0, 1, steps).tolist(), weights.tolist()
     if rule == "riemann": return [(k + 1) / steps for k in range(steps)], [1 / steps] * steps
     refuse("rule", repr(rule), '"gauss", "trapezoid" or "riemann"')
+
+# %% ../../../nbs/attribution/00_gradients.ipynb #_nested
+def _clenshaw_curtis(n):
+    "Points and weights on [0, 1] with n (even) intervals; with 2n intervals every second point is one of these. Exact for degree n."
+    j, k = np.arange(n + 1), np.arange(1, n // 2 + 1)
+    terms = np.where(k == n // 2, 1, 2) / (4 * k ** 2 - 1) * np.cos(2 * np.pi * np.outer(j, k) / n)
+    return (1 - np.cos(np.pi * j / n)) / 2, np.where(j % n == 0, 1, 2) / (2 * n) * (1 - terms.sum(1))
+
+def _until_complete(f, x, baseline, most, tolerance, args, chunk):
+    "Integrated gradients and completeness errors, with ever more points for the inputs whose error is above the tolerance."
+    check_count("steps", most, 3)
+    if not 0 < tolerance < float("inf"): refuse("tolerance", tolerance, "a positive number")
+    rules = [_clenshaw_curtis(2 ** level) for level in range(1, (most - 1).bit_length()) if 2 ** level < most]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    sums = [torch.zeros_like(x, dtype=dtype) for _ in rules] # one for each rule to come: no gradient is kept
+    attributions, errors, left = torch.zeros_like(x), x.new_zeros(len(x), dtype=dtype), torch.arange(len(x), device=x.device)
+    for level, (alphas, _) in enumerate(rules):
+        new = range(len(alphas)) if not level else range(1, len(alphas), 2)
+        start, end, rest = baseline[left], x[left], tuple(a[left.to(a.device)] for a in args)
+        at_once = max(1, chunk.rows // len(left))
+        for i in range(0, len(new), at_once):
+            group = new[i:i + at_once]
+            points = torch.cat([torch.lerp(start, end, alphas[j]) for j in group])
+            values, gradients = values_and_gradients(f, points, _repeat(rest, len(group)), chunk)
+            for j, v, g in zip(group, values.split(len(left)), gradients.split(len(left))):
+                if j == 0: difference = -v.to(dtype)
+                elif not level and j == len(alphas) - 1: difference += v
+                for further, s in enumerate(sums): s.add_(g, alpha=rules[level + further][1][j << further])
+        found = sums.pop(0).mul_(end - start).to(x.dtype)
+        error = found.flatten(1).sum(1, dtype=dtype) - difference
+        attributions[left], errors[left] = found, error
+        on = ~(error.abs() <= tolerance)
+        if not sums or not on.any(): break
+        left, difference, sums = left[on], difference[on], [s[on] for s in sums]
+    return attributions, errors
 
 # %% ../../../nbs/attribution/00_gradients.ipynb #expected_gradients
 def expected_gradients(
