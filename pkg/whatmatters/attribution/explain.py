@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Explanation', 'load', 'each_gradient', 'explain', 'methods']
 
-# %% ../../../nbs/attribution/06_explain.ipynb #d7680f18
+# %% ../../../nbs/attribution/06_explain.ipynb #cd5dc0d3
 import json
 import os
 import tempfile
@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from .gradients import gradient, input_x_gradient, integrated_gradients, path_points, smoothgrad
+from .coalitions import banzhaf_sampling, kernel_shap, leave_one_out, lime, permutation_shapley
+from .text import attention_rollout, draw_tokens, learned_mask, raw_attention, reagent
 from ..core.absence import removal
-from ..core.models import Model, Texts, ask, groups, load_model
+from ..core.models import Model, Texts, _call, ask, groups, load_model
 from ..core.show import Heatmap
-from ..core.values import check_count, check_finite, refuse
+from ..core.values import check_count, check_finite, refuse, values_of
 
 # %% ../../../nbs/attribution/06_explain.ipynb #Explanation
 class Explanation:
@@ -166,23 +168,42 @@ def _matrix(question, method, steps, chunk, absent):
     else: refuse("method", repr(method), "gradient, input x gradient, integrated gradients or leave-one-out for a generation")
     return values, scores[:, playing], None
 
-# %% ../../../nbs/attribution/06_explain.ipynb #_gradient_scores
-def _gradient_scores(question, attribute, chunk, absent, options):
-    "Token scores (B, T) and completeness errors (B,) of a gradient method."
-    if attribute is gradient: return torch.where(question.texts.players, gradient(question.f, question.x, question.args, chunk).norm(dim=-1), 0.), None
+# %% ../../../nbs/attribution/06_explain.ipynb #_by_gradient
+def _by_gradient(attribute, question, absent, chunk, options):
     more = dict(baseline=question.baseline(absent), return_error=True) if attribute is integrated_gradients else {}
+    if attribute is integrated_gradients and not {"steps", "tolerance"} & set(options): options = {**options, "steps": 16}
     scores = attribute(question.f, question.x, args=question.args, chunk=chunk, **more, **options)
     scores, error = scores if more else (scores, None)
-    return question.token_scores(scores), error
+    return scores.norm(dim=-1) if attribute is gradient else scores.sum(-1), error
 
-def _leave_one_out(value, budget=None, generator=None):
-    masks = torch.cat([torch.ones(1, value.players, dtype=torch.bool), ~torch.eye(value.players, dtype=torch.bool)])
-    values = value(masks)
-    return values[0] - values[1:], None
+def _by_attention(combine, question, absent, chunk, options):
+    model, passage, rows = question.model, question.passages[0], []
+    for part in zip(*(t.split(chunk) for t in passage)): # one layer of attention is heads x T x T numbers
+        with torch.no_grad(): rows.append(combine(_call(model, *part[:3], output_attentions=True).get("attentions"), **options))
+    read, last = torch.cat(rows).to(question.x.device), passage.mask.sum(1) - 1
+    if model.kind == "encoder" and model.pooling == "mean": return (read * passage.mask[..., None]).sum(1) / passage.mask.sum(1, keepdim=True), None
+    where = passage.where[:, 0] if model.kind != "classifier" else last if "score" in dict(model.network.named_children()) else last * 0
+    return read[torch.arange(len(read), device=read.device), where], None
 
-GRADIENTS = {"gradient": gradient, "input x gradient": input_x_gradient, "integrated gradients": integrated_gradients,
-             "SmoothGrad": lambda f, x, **options: x * smoothgrad(f, x, **options)}
-REMOVALS = {"leave-one-out": _leave_one_out}
+def _by_learned_mask(question, absent, chunk, options):
+    return learned_mask(question.logits, question.x, question.baseline(absent), question.texts.players, args=question.args, chunk=chunk, **options).scores, None
+
+def _by_reagent(question, absent, chunk, options):
+    model, passage = question.model, question.passages[0]
+    if model.kind not in ("causal", "masked") or passage.wanted.shape[1] > 1: refuse("method", '"ReAGent" here', "a causal or masked language model and a target of one token")
+    replace = options.pop("replace", None) or draw_tokens(torch.ones(model.config.vocab_size))
+    def one(i):
+        length = int(passage.mask[i].sum())
+        rest = lambda m: [t[i:i + 1, :length].expand(m, length) for t in passage[1:3]] + [t[i:i + 1].expand(m, -1) for t in passage[3:]]
+        result = reagent(lambda ids: question.logits(None, ids, *rest(len(ids))).float().softmax(-1), passage.ids[i, :length], int(passage.wanted[i, 0]), replace,
+                         players=question.texts.players[i, :length], chunk=chunk, **options)
+        return torch.nn.functional.pad(result.scores.to(question.x.device), (0, passage.ids.shape[1] - length))
+    return torch.stack([one(i) for i in range(len(passage.ids))]), None
+
+TOKENS = {"gradient": partial(_by_gradient, gradient), "input x gradient": partial(_by_gradient, input_x_gradient), "integrated gradients": partial(_by_gradient, integrated_gradients),
+          "SmoothGrad": partial(_by_gradient, lambda f, x, **options: x * smoothgrad(f, x, **options)), "learned mask": _by_learned_mask, "ReAGent": _by_reagent,
+          "raw attention": partial(_by_attention, raw_attention), "attention rollout": partial(_by_attention, attention_rollout)}
+PLAYERS = {"leave-one-out": leave_one_out, "Shapley": kernel_shap, "permutation Shapley": permutation_shapley, "Banzhaf": banzhaf_sampling, "LIME": lime}
 
 # %% ../../../nbs/attribution/06_explain.ipynb #explain
 def explain(
@@ -190,63 +211,52 @@ def explain(
     text,              # a text, or a list of them
     target=None,       # class, token, continuation, text to compare with, or (this, that): as in `core.models.ask`; None: what the model says
     method:str="integrated gradients", # by name, see `methods`
-    by="token",        # players of a removal method: "token", "word", "sentence", or spans of characters; other methods score tokens: take `.words()` of the result
+    by="token",        # players of a method that removes: "token", "word", "sentence", or spans of characters
     score:str|None=None, # logit, log-probability, probability, log-odds or loss; None: the logit of a class, the log-probability of tokens
     absent=None,       # what stands for an absent token: as in `core.absence.removal`; of integrated gradients, where the path starts ("zero", "mean", "mask", ...)
     generation:bool=False, # explain every token of a continuation by itself: a matrix
     new_tokens:int=1,  # how many tokens a language model generates where there is no target
     second=None, at=None, special:bool=False, # as in `ask`: second text of a pair, place of the token asked about, special tokens as players
-    chunk:int|None=16, # rows per model call
+    chunk:int=16,      # rows per model call
     **options,         # of the method: steps, samples, budget, generator, ...
 ):                     # an `Explanation`, or a list of them
-    "Explain what a model says of a text. The cost is that of the method, of which each text pays its own share."
+    "Explain what a model says of a text. One forward pass per text, and the cost of the method."
     if method not in methods(): refuse("method", repr(method), f"one of {', '.join(methods())}")
-    model = model if isinstance(model, Model) else load_model(model)
+    if method in TOKENS and by != "token": refuse("by", repr(by), f'"token" with {method}, which scores tokens; `.words()` or `.spans(...)` of the result add them up')
+    model, chunk = model if isinstance(model, Model) else load_model(model), check_count("chunk", chunk)
     if generation and model.kind != "causal": refuse("generation", f"True with a model of kind {model.kind!r}", "a causal language model")
     if generation: found = [_generation(model, t, target, method, score, absent, new_tokens, special, chunk, options) for t in ([text] if isinstance(text, str) else text)]
     else:
         question = ask(model, text, target, score, second, at, new_tokens, special)
-        with torch.no_grad(): values = question.f(None, *question.args)
+        values = values_of(lambda rows, *args: question.f(None, *args), question.x, question.args, chunk)
         if not values.isfinite().all(): refuse("model", "values that are NaN or infinite", "finite outputs for the texts as they are")
-        answer = _by_gradient if method in GRADIENTS else _by_removal
-        found = answer(question, method, values, by, absent, chunk, options)
+        if method in TOKENS: scores, errors = TOKENS[method](question, absent, chunk, options)
+        found = [_of_tokens(question, i, question.token_scores(scores)[i], method, v, errors) if method in TOKENS else _of_players(question, i, method, v, by, absent, chunk, options)
+                 for i, v in enumerate(values.tolist())]
     return found[0] if isinstance(text, str) else found
 
 def methods()->list:
     "Names of the methods of `explain`."
-    return [*GRADIENTS, *REMOVALS]
+    return [*TOKENS, *PLAYERS]
 
-# %% ../../../nbs/attribution/06_explain.ipynb #_by_gradient
-def _by_gradient(question, method, values, by, absent, chunk, options):
-    if by != "token": refuse("by", repr(by), f'"token" with {method}, which scores tokens; `.words()` or `.spans(...)` of the result add them up')
-    scores, errors = _gradient_scores(question, GRADIENTS[method], chunk, absent, options)
-    return [_explained(question, i, scores[i], method, values[i], errors if errors is None else errors[i]) for i in range(len(scores))]
-
-def _explained(question, i, scores, method, value, error):
-    texts = question.texts
-    playing = texts.players[i].cpu()
+# %% ../../../nbs/attribution/06_explain.ipynb #_of_tokens
+def _of_tokens(question, i, scores, method, value, errors):
+    texts, playing = question.texts, question.texts.players[i].cpu()
     tokens = [t for t, p in zip(texts.tokens[i], playing.tolist()) if p]
     offsets = texts.offsets[i].cpu()[playing] if texts.offsets is not None else None
-    return Explanation(texts.texts[i], tokens, scores.float().cpu()[playing], question.target[i], method, question.score, offsets, float(value), None if error is None else float(error))
+    return Explanation(texts.texts[i], tokens, scores.float().cpu()[playing], question.target[i], method, question.score, offsets, value, None if errors is None else float(errors[i]))
 
-def _by_removal(question, method, values, by, absent, chunk, options):
-    found = []
-    for i, value in enumerate(values):
-        players = removal(question, i, absent, by, chunk)
-        scores, errors = REMOVALS[method](players, **options)
-        group = groups(question.texts, i, by)[0]
-        offsets = question.texts.offsets[i].cpu() if question.texts.offsets is not None else None
-        ends = offsets if offsets is None else torch.stack([torch.stack([offsets[group == g, 0].min(), offsets[group == g, 1].max()]) for g in range(players.players)])
-        found.append(Explanation(question.texts.texts[i], players.names, scores.float().cpu(), question.target[i], method, question.score, ends, float(value), None,
-                                 errors if errors is None else errors.float().cpu()))
-    return found
+def _of_players(question, i, method, value, by, absent, chunk, options):
+    players, offsets = removal(question, i, absent, by, chunk), question.texts.offsets
+    if PLAYERS[method] is not leave_one_out: options = {"budget": max(512, 8 * players.players), **options}
+    result, group = PLAYERS[method](players, **options), groups(question.texts, i, by)[0]
+    ends = None if offsets is None else torch.tensor([[int(offsets[i, group == g, 0].min()), int(offsets[i, group == g, 1].max())] for g in range(players.players)])
+    return Explanation(question.texts.texts[i], players.names, result.scores.float().cpu(), question.target[i], method, question.score, ends, value, None,
+                       None if result.error is None else result.error.float().cpu())
 
 def _generation(model, text, target, method, score, absent, new_tokens, special, chunk, options):
     question = ask(model, text, target, score, new_tokens=new_tokens, special=special, generated=True)
-    values, scores, error = _matrix(question, method, check_count("steps", options.get("steps", 32)), chunk, absent)
-    wanted = question.passages[0].wanted[0]
-    playing = question.texts.players[0].cpu()
-    tokens = [t for t, p in zip(question.texts.tokens[0], playing.tolist()) if p]
-    offsets = question.texts.offsets[0].cpu()[playing] if question.texts.offsets is not None else None
-    return Explanation(question.texts.texts[0], tokens, scores.float().cpu(), [model.tokenizer.decode([w]) for w in wanted.tolist()], method, question.score, offsets,
+    values, scores, error = _matrix(question, method, check_count("steps", options.get("steps", 16)), chunk, absent)
+    made = _of_tokens(question, 0, question.x.new_zeros(question.x.shape[1]), method, None, None)
+    return Explanation(made.text, made.tokens, scores.float().cpu(), [model.tokenizer.decode([w]) for w in question.passages[0].wanted[0].tolist()], method, question.score, made.offsets,
                        values.tolist(), None if error is None else error.tolist())

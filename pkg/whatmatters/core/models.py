@@ -215,13 +215,10 @@ def _call(model, ids, mask, types=None, x=None, **options):
     if x is None: return call()
     with patch({model.embedding: lambda embedded, call: x.to(embedded.dtype) if call == 0 else embedded}): return call() # a decoder may share the embedding
 
-def _each(model, x, passage, score, cache=None, start=0):
-    "Scores (B, K) of what is wanted, 0 where nothing is; `start` tokens are in the cache already."
+def _logits(model, x, passage, cache=None, start=0):
+    "Logits (B, K, C) where the answer is read off; `start` tokens are in the cache already."
     ids, mask, types, where, wanted = passage
-    asked, at = wanted.clamp_min(0), where - start
-    if model.kind == "encoder":
-        return torch.einsum("bh,bh->b", normalize(_pool(model, _call(model, ids, mask, types, x)[0], mask), dim=-1), wanted)[:, None]
-    options = {}
+    asked, at, options = wanted.clamp_min(0), where - start, {}
     if model.kind == "encoder-decoder":
         begin = torch.full_like(asked[:, :1], model.config.decoder_start_token_id)
         options, at = dict(decoder_input_ids=torch.cat([begin, asked[:, :-1]], 1), use_cache=False), torch.arange(asked.shape[1], device=asked.device).expand_as(asked)
@@ -229,8 +226,14 @@ def _each(model, x, passage, score, cache=None, start=0):
         first = int(at.min())
         options, at = dict(logits_to_keep=ids.shape[1] - start - first, use_cache=cache is not None, past_key_values=cache), at - first
     logits = _call(model, ids[:, start:], mask, types[:, start:], x, **options).logits
-    if model.kind == "classifier": logits = logits[:, None]
-    else: logits = logits.gather(1, at.to(logits.device)[..., None].expand(-1, -1, logits.shape[-1]))
+    if model.kind == "classifier": return logits[:, None]
+    return logits.gather(1, at.to(logits.device)[..., None].expand(-1, -1, logits.shape[-1]))
+
+def _each(model, x, passage, score, cache=None, start=0):
+    "Scores (B, K) of what is wanted, 0 where nothing is."
+    ids, mask, types, where, wanted = passage
+    if model.kind == "encoder": return (normalize(_pool(model, _call(model, ids, mask, types, x)[0], mask), dim=-1) * wanted).sum(1, keepdim=True)
+    logits, asked = _logits(model, x, passage, cache, start), wanted.clamp_min(0)
     labels = "many" if getattr(model.config, "problem_type", None) == "multi_label_classification" else "one"
     return (score_of(logits, asked.to(logits.device), score, labels) * (wanted >= 0).to(logits.device)).to(ids.device)
 
@@ -261,6 +264,11 @@ class Question:
     def each(self, x, *args)->Tensor:
         "The score (B, K) of every token of a continuation, 0 where there are fewer."
         return _each(self.model, x, _Passage(*args[:5]), self.score)
+
+    def logits(self, x, *args)->Tensor:
+        "Logits (B, C) of all classes or tokens at the place asked about, the first where there are several."
+        if self.model.kind == "encoder": refuse("model", "an encoder", "a model with classes or a vocabulary")
+        return _logits(self.model, x, _Passage(*args[:5]))[:, 0]
 
     def baseline(self,
         absent:str|None=None, # "zero", "mean" of all embeddings, or the embedding of the "mask", "unk" or "pad" token; None: mask, else unk, else mean
