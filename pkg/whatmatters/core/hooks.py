@@ -195,13 +195,13 @@ class _Record:
             if not stop or self.outputs is None: raise
         finally:
             for h in handles: h.remove()
-        if not stop: _check_calls(layer, calls, call)
+        if not stop or self.outputs is None: _check_calls(layer, calls, call)
         self.outputs = [output.settle() for output in self.outputs]
 
 # %% ../../../nbs/core/09_hooks.ipynb #_by_row
 def _agree(a, b, share=.05):
     "Whether tensors agree to a share of the largest entry: rounding differs with the number of rows."
-    if not a.is_floating_point(): return torch.equal(a, b)
+    if not (a.is_floating_point() or a.is_complex()): return torch.equal(a, b)
     finite = b[b.isfinite()].abs()
     return torch.allclose(a, b, share, share * finite.max().item() if len(finite) else 0., equal_nan=True)
 
