@@ -83,7 +83,7 @@ def occlusion(
     values = _ask(value, torch.cat([torch.ones(1, count, dtype=torch.bool), ~groups]))
     v = values.cpu().double()
     losses, member = v[0] - v[1:], groups.double()
-    return _give(values, losses @ member / member.sum(0), calls=len(v), state={"losses": losses.to(values)})
+    return _give(values, losses @ member / member.sum(0), calls=len(v), state={"losses": losses})
 
 # %% ../../../nbs/attribution/03_coalitions.ipynb #leave_one_out
 def leave_one_out(
@@ -318,7 +318,7 @@ def kernel_shap(
     generator=None,        # generator or seed; None: seed 0
     more:Attribution|None=None, # earlier result to go on from
 )->Attribution:            # scores (P,), which sum to v(all) - v(nobody); exact where the budget covers all 2 ** P coalitions
-    "Kernel SHAP (Lundberg & Lee 2017, arXiv:1705.07874) on pairs without replacement (Covert & Lee 2021, arXiv:2012.01536; sizes: Musco & Witter 2024, arXiv:2410.01917), adjusted for triples."
+    "Kernel SHAP (Lundberg & Lee 2017, arXiv:1705.07874) on pairs without replacement (Covert & Lee 2021, arXiv:2012.01536; sizes: Musco & Witter 2024, arXiv:2410.01917), adjusted for triples. `budget` model calls, and one solve."
     of, everything = ("kernel_shap", order), lambda n: 2 ** (n - 1) - 1 # pairs besides the two ends
     _order(order, 1, 1)
     least = lambda n: 2 + 2 * (min(everything(n), _number(n, 1) + n // 2 - 1) if n > 1 else 0)
@@ -330,7 +330,7 @@ def kernel_shap(
     total, done = v[1] - v[0], dict(base=float(v[0]), calls=len(v), state=state)
     if count == 1: return _give(state["values"], total[None], torch.zeros(1), **done)
     drawn = sizes.bincount(minlength=count // 2 + 1).double()
-    share = torch.tensor([1.] + [float(d) / _number(count, s) for s, d in enumerate(drawn.tolist()) if s], dtype=torch.float64)
+    share = torch.tensor([1.] + [int(d) / _number(count, s) for s, d in enumerate(drawn.tolist()) if s], dtype=torch.float64)
     half = torch.where(2 * sizes == count, .5, 1.).double()
     weights = half / (drawn[sizes] * sizes * (count - sizes)) # the kernel, by how many stand for their size
     order = 1 if pairs == everything(count) else _order(order, count, pairs)
