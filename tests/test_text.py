@@ -188,7 +188,7 @@ def test_a_learned_baseline_makes_tokens_superfluous():
 @pytest.mark.parametrize("bad, message", [
     (dict(x=torch.ones(2, 6)), "x: got shape"), (dict(x=torch.ones(0, 6, 4)), "x: got shape"), (dict(x=torch.ones(2, 6, 4) / 0), "x: got"), (dict(x=torch.ones(2, 6, 4, dtype=torch.long)), "x: got"),
     (dict(valid=torch.zeros(2, 6, dtype=torch.bool)), "no tokens"), (dict(valid=torch.ones(2, 5)), "valid: got"), (dict(margin=0.), "margin: got"), (dict(steps=0), "steps: got"), (dict(rate=-1.), "rate: got"),
-    (dict(f=lambda x: x[:, 0, :1]), "f: got"), (dict(f=lambda x: both_needed(x) / 0), "f: got"), (dict(baseline=torch.ones(7)), "baseline: got"), (dict(args=(torch.ones(3),)), "args.0.: got")])
+    (dict(f=lambda x: x[:, 0, :1]), "f: got"), (dict(f=lambda x: both_needed(x) / 0), "f: got"), (dict(baseline=torch.ones(7)), "baseline: got"), (dict(baseline=torch.ones(6, 4), learn_baseline=True), "baseline: got"), (dict(args=(torch.ones(3),)), "args.0.: got")])
 def test_learned_mask_refuses(bad, message):
     with pytest.raises(ValueError, match=message): learned_mask(**{**dict(f=both_needed, x=torch.ones(2, 6, 4)), **bad})
 

@@ -180,10 +180,11 @@ def learned_mask(
     """The fewest tokens that leave a prediction unchanged, by hard concrete gates (De Cao et al. 2020, arXiv:2004.14992; for word importance Javorsky et al. 2023,
     arXiv:2305.19689). `steps` forward and backward passes per text, and two forward passes."""
     valid, baseline = _check_mask(x, baseline, valid, margin, steps, rate, rate_multiplier)
+    if learn_baseline and baseline.numel() not in (1, x.shape[-1]): refuse("baseline", f"shape {tuple(baseline.shape)}", "one embedding, to learn it")
     args, chunk = tuple(check_rows(f"args[{i}]", a, x) for i, a in enumerate(args)), Chunk.of(chunk, len(x))
     place, shown = (valid.cumsum(1) - 1).clamp_min(0), baseline.float().expand(x.shape[-1]).clone() if learn_baseline else baseline
     seeds = torch.randint(2 ** 62, (steps,), generator=(g := seeded(generator)), device=g.device).tolist()
-    masked = lambda gates, base: torch.lerp(base.expand_as(x).to(x.dtype), x, gates[..., None].to(x.dtype))
+    masked = lambda gates, rows: torch.lerp(shown.expand_as(x)[rows].to(x.dtype), x[rows], gates[rows, :, None].to(x.dtype))
     with torch.no_grad(): wanted = torch.cat(chunk.over(len(x), lambda rows: _log_probabilities(f, x[rows], args, rows)))
     logits, total = torch.full(valid.shape, 2., device=x.device), torch.zeros(valid.shape, device=x.device)
     learned, multiplier, room = [logits, shown] if learn_baseline else [logits], torch.zeros(len(x), device=x.device), valid.sum(1).clamp_min(1)
@@ -194,7 +195,7 @@ def learned_mask(
         def part(rows):
             with torch.enable_grad():
                 gates = torch.where(valid, hard_concrete(logits, u), 1.)
-                apart = _divergence(wanted[rows], _log_probabilities(f, masked(gates, shown)[rows], args, rows))
+                apart = _divergence(wanted[rows], _log_probabilities(f, masked(gates, rows), args, rows))
                 loss = (gate_open(logits)[rows] * valid[rows]).sum(1) / room[rows] + multiplier[rows].exp() * (apart - margin)
                 for t, gradient in zip(learned, torch.autograd.grad(loss.sum(), learned)): t.grad += gradient
             return apart.detach()
@@ -203,10 +204,9 @@ def learned_mask(
         multiplier = (multiplier + rate_multiplier * (apart / margin - 1).clamp(-.1, 1)).clamp(-7, 7)
         with torch.no_grad(): logits.clamp_(-GATE_LIMIT, GATE_LIMIT)
         if step >= steps // 2: total += gate_open(logits.detach()) / (steps - steps // 2)
-    scores, shown = total * valid, shown.detach()
-    only = masked(torch.where(valid, scores > .5, True).float(), shown)
-    with torch.no_grad(): final = torch.cat(chunk.over(len(x), lambda rows: _log_probabilities(f, only[rows], args, rows)))
-    return LearnedMask(scores.to(x.dtype), _divergence(wanted, final), shown)
+    scores, only = total * valid, torch.where(valid, total > .5, True).float()
+    with torch.no_grad(): final = torch.cat(chunk.over(len(x), lambda rows: _log_probabilities(f, masked(only, rows), args, rows)))
+    return LearnedMask(scores.to(x.dtype), _divergence(wanted, final), shown.detach())
 
 # %% ../../../nbs/attribution/05_text.ipynb #_check_mask
 def _check_mask(x, baseline, valid, margin, steps, rate, rate_multiplier):
