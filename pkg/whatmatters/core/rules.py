@@ -107,12 +107,11 @@ class Rules(TorchFunctionMode):
     "While the block runs, the operations of a table have another backward pass; what they compute stays the same."
     def __init__(self,
         table:dict, # name of an operation -> treat(rules, call) -> its output
-        linear=(),  # names of autograd's nodes, beyond the linear ones, whose own backward pass will do
         tape=None,  # list to record the treated calls in; None: they get their backward passes
     ):
         super().__init__()
-        self.table, self.linear, self.tape = table, LINEAR | set(linear), tape
-        self.calls, self.opening = [], set()
+        self.table, self.tape = table, tape
+        self.calls, self.accepted, self.opening = [], set(), set()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, inplace, opened, at = _KNOWN.get(func) or _about(func)
@@ -128,8 +127,7 @@ class Rules(TorchFunctionMode):
 
     def _treat(self, call):
         treat, changed = self.table.get(call.name, Rules.plain), None
-        if call.inplace:
-            if treat is Rules.plain or call.places[0] != 0: return call.func(*call.args, **call.kwargs)
+        if call.inplace and treat not in (Rules.plain, Rules.accept) and call.places[0] == 0:
             changed = call.args[0]
             call.inputs[0] = changed.clone() # what the operation sees: the original is overwritten below
         call.entrywise = entrywise(call)
@@ -150,12 +148,27 @@ class Rules(TorchFunctionMode):
 
     def plain(self, call):
         "The call as it is."
-        return call.func(*call.args, **call.kwargs) if not call.inplace else call.run(*call.inputs)
+        return call.func(*call.args, **call.kwargs)
+
+    def accept(self, call):
+        "The call as it is, though it is not linear: autograd's own backward pass will do."
+        before = {t.grad_fn for t in call.inputs}
+        out = call.func(*call.args, **call.kwargs)
+        for o in out if isinstance(out, tuple) else (out,):
+            ahead = [o.grad_fn] if o.requires_grad else []
+            while ahead:
+                node = ahead.pop()
+                if node is None or node in before or node in self.accepted: continue
+                self.accepted.add(node)
+                ahead += [n for n, _ in node.next_functions]
+        return out
 
     def node(self, call, rule, inputs=None):
         "The call with `rule(call, inputs, output, g)` as its backward pass, to other tensors than its own where `inputs` are given."
+        inputs = call.inputs if inputs is None else inputs
         if self.tape is None: self.calls.append(call)
-        return _Node.apply(call, rule, self.tape, *(call.inputs if inputs is None else inputs))
+        call.shapes = [t.shape for t in inputs]
+        return _Node.apply(call, rule, self.tape, *inputs)
 
 # %% ../../../nbs/core/11_rules.ipynb #_about
 _KNOWN, _FREE = {}, frozenset("get dim size stride numel len is_floating_point is_complex element_size data_ptr storage_offset is_contiguous set_grad_enabled".split())
@@ -199,7 +212,7 @@ _FACTORS = {"Mul": [0, 1], "Mm": [0, 1], "Bmm": [0, 1], "Mv": [0, 1], "Dot": [0,
 
 def nonlinear(
     value:Tensor, # the end of a graph
-    linear,       # names of nodes that count as linear
+    accepted,     # nodes that may be there all the same
     seen:set,     # nodes already looked at; those of this graph are added
 ):                # the first node, or None
     "A node of the graph that is neither linear nor one of `Rules`."
@@ -210,9 +223,9 @@ def nonlinear(
         seen.add(node)
         parents = [n for n, _ in node.next_functions]
         ahead += parents
-        if type(node) is _Node._backward_cls or isinstance(node, _Node._backward_cls): continue
+        if isinstance(node, _Node._backward_cls) or node in accepted: continue
         kind = _kind(node)
-        if kind not in linear: return node
+        if kind not in LINEAR: return node
         if any(parents[i] is not None for i in _OTHERS.get(kind, ()) if i < len(parents)): return node
         if kind in _FACTORS and sum(parents[i] is not None for i in _FACTORS[kind]) > 1: return node
         if kind.endswith("BatchNorm") and node._saved_training: return node
@@ -235,7 +248,7 @@ def value_under(
         if value.shape != (len(x),): refuse("f", f"values of shape {tuple(value.shape)} for {len(x)} rows", f"shape ({len(x)},)")
         check_finite("f", value.detach())
         if not value.requires_grad: refuse("f", "values that do not depend on x as far as autograd sees", "a differentiable function of x")
-        node = nonlinear(value, rules.linear, set())
+        node = nonlinear(value, rules.accepted, set())
         if node is not None: _refuse_operation(rules, f, x, args, node)
     return value, leaf
 
@@ -251,13 +264,13 @@ class _Blame(Rules):
 
     def look(self, out, name):
         for o in out if isinstance(out, (tuple, list)) else (out,):
-            node = nonlinear(o, self.linear, self.seen) if isinstance(o, Tensor) and o.requires_grad else None
+            node = nonlinear(o, self.accepted, self.seen) if isinstance(o, Tensor) and o.requires_grad else None
             if node is not None: raise _Found(name or _kind(node))
 
 class _Found(Exception): pass
 
 def _refuse_operation(rules, f, x, args, node):
-    blame, name = _Blame(rules.table, rules.linear), _kind(node)
+    blame, name = _Blame(rules.table), _kind(node)
     blame.seen, given = set(), x.detach().requires_grad_().clone()
     try:
         with blame: f(given, *args)
