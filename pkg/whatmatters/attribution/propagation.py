@@ -14,24 +14,34 @@ from ..core.hooks import capture, patch
 from ..core.rules import ENTRYWISE, Rules, value_under
 from ..core.values import Chunk, check_broadcast, check_count, check_inputs, check_rows, refuse, values_of
 
-# %% ../../../nbs/attribution/02_propagation.ipynb #_slope
-def _tiny(t): return torch.finfo(t.dtype).eps ** .5 / 100
+# %% ../../../nbs/attribution/02_propagation.ipynb #_rescale
+_KINKED = frozenset("relu leaky_relu abs relu6 hardtanh threshold clamp clamp_min clamp_max hardshrink softshrink hardsigmoid".split()) # lines with kinks: quotients are exact
 
-def _slope(function, x, x0, y, y0):
-    "Difference quotient of a function of every entry; its derivative where the difference is too small to divide by."
-    step = x - x0
-    slope = (y - y0).div_(step)
-    near = step.abs_() <= _tiny(x)
-    return torch.where(near, _derivative(function, x), slope) if near.any() else slope
+def _rescale(call, inputs, output, g, whole=False):
+    (x,), ((x0,), y0, _), function = inputs, call.reference, call.entrywise[1] if whole else call.run
+    least = 0. if output is None else torch.finfo(x.dtype).eps ** .5 # where rounding spoils the quotient more than the derivative half-way misses it
+    down, rows = torch.empty_like(x), max(1, len(x) if x.is_cuda else 2 ** 16 // x[0].numel()) # pieces that a processor's cache holds
+    steps = torch.empty_like(x[:rows])
+    for i in range(0, len(x), rows):
+        at = slice(i, min(i + rows, len(x)))
+        below = slice(None) if len(x0) == 1 else at
+        y, base = (function(x[at]), function(x0[below])) if output is None else (output[at], y0[below])
+        step = torch.sub(x[at], x0[below], out=steps[:at.stop - i])
+        slope = torch.sub(y, base, out=down[at]).div_(step)
+        if step.abs_().min() <= least:
+            near = (step <= least).nonzero(as_tuple=True)
+            slope[near] = _derivative(function, (x[at][near] + x0[below].expand_as(slope)[near]) / 2)
+        slope.mul_(g[at])
+    return [down]
+
+def _rescale_kinked(call, inputs, output, g): return _rescale(call, inputs, None, g)
+
+_rescale_kinked.blind = True # cheaper to compute again than to hold
 
 def _derivative(function, x):
     with torch.enable_grad():
         at = x.detach().requires_grad_()
-        return torch.autograd.grad(function(at).sum(), at)[0].to(x.dtype)
-
-def _rescale(call, inputs, output, g, whole=False):
-    (x,), ((x0,), y0, _) = inputs, call.reference
-    return [(g * _slope(call.entrywise[1] if whole else call.run, x, x0, output, y0)).to(x.dtype)]
+        return torch.autograd.grad(function(at).sum(), at)[0]
 
 # %% ../../../nbs/attribution/02_propagation.ipynb #_halves
 def _halves(call, inputs, output, g):
@@ -47,20 +57,34 @@ def _mean_probability(call, x, x0, dtype):
     "Logarithmic means of two sets of probabilities, and the dimension that they sum over."
     dim = call.given(1, "dim")
     u, u0 = x.log_softmax(dim, dtype=dtype), x0.log_softmax(dim, dtype=dtype)
-    p, p0 = u.exp(), u0.exp()
-    mean = torch.where((u - u0).abs() > _tiny(u), (p - p0) / (u - u0), p)
-    return torch.where((p == 0) & (p0 == 0), 0., mean), dim
+    return _log_mean(u, u0, u.exp(), u0.exp()), dim
+
+def _log_mean(u, u0, p, p0):
+    step, both = u - u0, p + p0
+    mean = (p - p0).div_(step)
+    mean = torch.where(step.abs_() > torch.finfo(u.dtype).eps ** .5, mean, both / 2)
+    return mean.masked_fill_(both == 0, 0.) # what a mask hides
 
 def _softmax(call, inputs, output, g):
     (x,), (x0,) = inputs, call.reference[0]
-    mean, dim = _mean_probability(call, x, x0, output.dtype)
+    mean, dim = _mean_probability(call, x, x0, g.dtype)
     c = g * mean
     return [(c - mean * (c.sum(dim, keepdim=True) / mean.sum(dim, keepdim=True))).to(x.dtype)]
 
 def _log_softmax(call, inputs, output, g):
     (x,), (x0,) = inputs, call.reference[0]
-    mean, dim = _mean_probability(call, x, x0, output.dtype)
+    mean, dim = _mean_probability(call, x, x0, g.dtype)
     return [(g - g.sum(dim, keepdim=True) * mean / mean.sum(dim, keepdim=True)).to(x.dtype)]
+
+def _attend(call, inputs, output, g):
+    q, k, v = ((t + t0) / 2 for t, t0 in zip(inputs, call.reference[0]))
+    mask, causal, scale = call.given(3, "attn_mask"), call.given(5, "is_causal", False), call.given(6, "scale") or q.shape[-1] ** -.5
+    w, w0 = (_scores(*qk[:2], mask, causal, scale).log_softmax(-1) for qk in (inputs, call.reference[0]))
+    p, p0 = w.exp(), w0.exp()
+    mean = _log_mean(w, w0, p, p0)
+    c = mean * (g @ v.mT)
+    c = (c - mean * (c.sum(-1, keepdim=True) / mean.sum(-1, keepdim=True))) * scale
+    return [t.sum_to_size(i.shape) for t, i in zip((c @ k, c.mT @ q, ((p + p0) / 2).mT @ g), inputs)]
 
 def _logsumexp(call, inputs, output, g):
     (x,), (x0,) = inputs, call.reference[0]
@@ -111,16 +135,20 @@ def _winner(call, inputs, output, g):
     change = output - y0
     winner = flat(torch.where(change >= 0, at, at0.expand_as(at)), output)
     step = flat(x, x).gather(-1, winner) - flat(x0, x).gather(-1, winner)
-    share = torch.where(step.abs() <= _tiny(x), 1., flat(change, output) / step)
+    share = torch.where(step == 0, 1., flat(change, output) / step)
     return [torch.zeros_like(x).flatten(-n).scatter_add_(-1, winner, (flat(g, output) * share).to(x.dtype)).view_as(x)]
 
 # %% ../../../nbs/attribution/02_propagation.ipynb #_spelled
-def _attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-    if enable_gqa: k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+for rule in (_halves, _softmax, _attend, _log_softmax, _logsumexp, _normalise): rule.blind = True # they do not look at the output
+
+def _scores(q, k, mask, causal, scale):
     scores = torch.matmul(q, k.mT) * (q.shape[-1] ** -.5 if scale is None else scale)
-    if is_causal: attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None: scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return torch.matmul(F.dropout(torch.softmax(scores, -1), dropout_p), v)
+    if causal: mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+    if enable_gqa: key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    return torch.matmul(F.dropout(torch.softmax(_scores(query, key, attn_mask, is_causal, scale), -1), dropout_p), value)
 
 def _group_norm(x, groups, weight=None, bias=None, eps=1e-5, *rest):
     h = x.reshape(len(x), groups, -1)
@@ -153,6 +181,7 @@ _SPELLED = {
 # %% ../../../nbs/attribution/02_propagation.ipynb #_tables
 def _only(call):
     if len(call.inputs) > 1: refuse("operation", f"{call.name} of several tensors that depend on the input", "of one")
+    if call.name in ENTRYWISE and call.entrywise is None: refuse("operation", f"{call.name} with a tensor of constants", "with numbers")
 
 def _one(rule):
     def treat(rules, call):
@@ -193,10 +222,15 @@ def _table(elementwise, whole, both, **rules):
             **dict.fromkeys(_PRODUCTS, _product(both, whole)), **rules}
 
 # %% ../../../nbs/attribution/02_propagation.ipynb #_rescale_table
+def _fused_attention(rules, call):
+    simple = len(call.inputs) == 3 and not call.given(4, "dropout_p", 0.) and not call.given(7, "enable_gqa", False)
+    return rules.node(call, _attend) if simple else rules.within(_attention, *call.args, **call.kwargs)
+
 def _rescale_table():
     divide = lambda rules, a, b: rules.within(lambda: torch.mul(a if isinstance(a, Tensor) else torch.as_tensor(a).to(b), torch.reciprocal(b)))
-    return _table(_rescale, partial(_rescale, whole=True), lambda rules, call: rules.node(call, _halves), div=_over(divide), softmax=_one(_softmax), log_softmax=_one(_log_softmax),
-                  logsumexp=_one(_logsumexp), layer_norm=_one(_normalise), rms_norm=_one(_normalise), amax=_amax, max=_amax, **dict.fromkeys(_POOLS, _pool))
+    table = _table(_rescale, partial(_rescale, whole=True), lambda rules, call: rules.node(call, _halves), div=_over(divide), softmax=_one(_softmax), log_softmax=_one(_log_softmax),
+                   logsumexp=_one(_logsumexp), layer_norm=_one(_normalise), rms_norm=_one(_normalise), amax=_amax, max=_amax, scaled_dot_product_attention=_fused_attention)
+    return {**table, **dict.fromkeys(_KINKED, _one(_rescale_kinked)), **dict.fromkeys(_POOLS, _pool)}
 
 # %% ../../../nbs/attribution/02_propagation.ipynb #_signed
 def _remember_layer(rules, call):
@@ -238,7 +272,7 @@ def _hand_back(apply, weight, a, positive, negative):
 def _cancelling(rules, call):
     _only(call)
     layer = _layer_before(call.inputs[0])
-    if layer is None: return rules.node(call, _rescale)
+    if layer is None: return rules.node(call, _rescale_kinked if call.name in _KINKED else _rescale)
     call.kept, call.layer = call.inputs[0].detach(), layer[1:3]
     rules.revealed = True
     return rules.node(call, _reveal_cancel, [layer[0]])
@@ -247,7 +281,7 @@ def _reveal_cancel(call, inputs, output, g):
     (a,), ((a0,), y0, h0), layer, f = inputs, call.reference, call.layer, call.run
     up, down = _parts(*layer, a - a0)
     with_up, with_down = f(h0 + up), f(h0 + down)
-    share = lambda change, part: torch.where(part.abs() <= _tiny(a), 0., change / part)
+    share = lambda change, part: torch.where(part == 0, 0., change / part)
     positive = share((with_up - y0 + output - with_down) / 2, up)
     negative = share((with_down - y0 + output - with_up) / 2, down)
     return [_hand_back(*layer, a - a0, g * positive, g * negative)]
@@ -266,13 +300,13 @@ def deeplift(
     return_error:bool=False, # also give how far the sums miss f(x) - f(baseline), (B,), in place of refusing
 ):                       # attributions, shaped like `x`; they sum to f(x) - f(baseline)
     """DeepLIFT (Shrikumar et al. 2016, arXiv:1605.01713; RevealCancel: 2017, arXiv:1704.02685).
-    Two forward passes and one backward pass per input; the baseline's pass has one row when all rows share it and there are no `args`."""
+    Two forward passes and one backward pass per input; the baseline's pass has one row when all inputs share it and their `args`."""
     check_inputs("x", x)
     baseline = check_broadcast("baseline", 0. if baseline is None else baseline, x)
     table, args = _deeplift_table(rule), tuple(check_rows(f"args[{i}]", a, x) for i, a in enumerate(args))
-    shared = baseline.ndim < x.ndim or len(baseline) == 1
+    shared = (baseline.ndim < x.ndim or len(baseline) == 1) and all(bool((a == a[:1]).all()) for a in args)
     def step(rows):
-        reference = baseline.expand(1, *x.shape[1:]) if shared else baseline[rows]
+        reference = baseline.expand(1, *x.shape[1:]) if shared else baseline.expand_as(x)[rows]
         return _contributions(f, x[rows], [reference], table, tuple(a[rows] for a in args), return_error)
     attributions, errors = map(torch.cat, zip(*Chunk.of(chunk, len(x)).over(len(x), step)))
     return (attributions, errors) if return_error else attributions
@@ -302,8 +336,8 @@ def _contributions(f, x, references, table, args, tolerate):
 
 def _at_reference(rules, f, reference, x, args):
     "Run the reference and give every treated call what it was there."
-    tape, rows = [], reference.expand_as(x) if args else reference
-    try: value0 = value_under(Rules(rules.table, tape), f, rows, args)[0].detach()
+    tape, rows = [], reference
+    try: value0 = value_under(Rules(rules.table, tape), f, rows, tuple(a[:len(rows)] for a in args))[0].detach()
     except (RuntimeError, ValueError): # a function that knows how many rows there are
         if len(rows) == len(x): raise
         return _at_reference(rules, f, reference.expand_as(x), x, args)

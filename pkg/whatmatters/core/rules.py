@@ -89,11 +89,11 @@ def entrywise(
 class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, rule, tape, *inputs):
-        output = call.run(*call.inputs)
-        if tape is not None: tape.append((call.name, [t.detach() for t in inputs], output.detach(), call.kept))
+        output, blind = call.run(*call.inputs), getattr(rule, "blind", False)
+        if tape is not None: tape.append((call.name, [t.detach() for t in inputs], None if blind else output.detach(), call.kept))
         else:
             ctx.call, ctx.rule = call, rule
-            ctx.save_for_backward(*inputs, output)
+            ctx.save_for_backward(*inputs, None if blind else output)
         return output
 
     @staticmethod
