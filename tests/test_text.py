@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from whatmatters.attribution.text import (attention_rollout, cross_task, draw_masked, draw_tokens, gate_open, hard_concrete, learned_mask,
+from whatmatters.core.absence import draw_masked, draw_tokens
+from whatmatters.attribution.text import (attention_rollout, cross_task, gate_open, hard_concrete, learned_mask,
                                           ranking_agreement, raw_attention, reagent, suppress_context)
 from whatmatters.core import experiments
 from whatmatters.core.values import count_calls

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Explanation', 'load', 'each_gradient', 'explain', 'methods']
 
-# %% ../../../nbs/attribution/06_explain.ipynb #cd5dc0d3
+# %% ../../../nbs/attribution/06_explain.ipynb #0241f4ed
 import json
 import os
 import tempfile
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from .gradients import gradient, input_x_gradient, integrated_gradients, path_points, smoothgrad
 from .coalitions import banzhaf_sampling, kernel_shap, leave_one_out, lime, permutation_shapley
-from .text import attention_rollout, draw_tokens, learned_mask, raw_attention, reagent
-from ..core.absence import removal
+from .text import attention_rollout, learned_mask, raw_attention, reagent
+from ..core.absence import draw_tokens, removal
 from ..core.models import Model, Texts, _call, ask, groups, load_model
 from ..core.show import Heatmap
 from ..core.values import check_count, check_finite, refuse, values_of
