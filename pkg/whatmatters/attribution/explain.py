@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Explanation', 'load', 'each_gradient', 'explain', 'methods']
 
-# %% ../../../nbs/attribution/06_explain.ipynb #0241f4ed
+# %% ../../../nbs/attribution/06_explain.ipynb #f9832e83
 import json
 import os
 import tempfile
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from .gradients import gradient, input_x_gradient, integrated_gradients, path_points, smoothgrad
 from .coalitions import banzhaf_sampling, kernel_shap, leave_one_out, lime, permutation_shapley
+from .propagation import deeplift, lrp
 from .text import attention_rollout, learned_mask, raw_attention, reagent
 from ..core.absence import draw_tokens, removal
 from ..core.models import Model, Texts, _call, ask, groups, load_model
@@ -170,7 +171,7 @@ def _matrix(question, method, steps, chunk, absent):
 
 # %% ../../../nbs/attribution/06_explain.ipynb #_by_gradient
 def _by_gradient(attribute, question, absent, chunk, options):
-    more = dict(baseline=question.baseline(absent), return_error=True) if attribute is integrated_gradients else {}
+    more = dict(baseline=question.baseline(absent), return_error=True) if attribute in (integrated_gradients, deeplift) else {}
     if attribute is integrated_gradients and not {"steps", "tolerance"} & set(options): options = {**options, "steps": 16}
     scores = attribute(question.f, question.x, args=question.args, chunk=chunk, **more, **options)
     scores, error = scores if more else (scores, None)
@@ -201,6 +202,7 @@ def _by_reagent(question, absent, chunk, options):
     return torch.stack([one(i) for i in range(len(passage.ids))]), None
 
 TOKENS = {"gradient": partial(_by_gradient, gradient), "input x gradient": partial(_by_gradient, input_x_gradient), "integrated gradients": partial(_by_gradient, integrated_gradients),
+          "DeepLIFT": partial(_by_gradient, deeplift), "LRP": partial(_by_gradient, lrp),
           "SmoothGrad": partial(_by_gradient, lambda f, x, **options: x * smoothgrad(f, x, **options)), "learned mask": _by_learned_mask, "ReAGent": _by_reagent,
           "raw attention": partial(_by_attention, raw_attention), "attention rollout": partial(_by_attention, attention_rollout)}
 PLAYERS = {"leave-one-out": leave_one_out, "Shapley": kernel_shap, "permutation Shapley": permutation_shapley, "Banzhaf": banzhaf_sampling, "LIME": lime}
