@@ -214,7 +214,7 @@ def explain(
     target=None,       # class, token, continuation, text to compare with, or (this, that): as in `core.models.ask`; None: what the model says
     method:str="integrated gradients", # by name, see `methods`
     by="token",        # players of a method that removes: "token", "word", "sentence", or spans of characters
-    score:str|None=None, # logit, log-probability, probability, log-odds or loss; None: the logit of a class, the log-probability of tokens
+    score:str|None=None, # logit, log-probability, probability, log-odds or loss; None: the logit of a class and of LRP, the log-probability of tokens
     absent=None,       # what stands for an absent token: as in `core.absence.removal`; of integrated gradients, where the path starts ("zero", "mean", "mask", ...)
     generation:bool=False, # explain every token of a continuation by itself: a matrix
     new_tokens:int=1,  # how many tokens a language model generates where there is no target
@@ -225,6 +225,7 @@ def explain(
     "Explain what a model says of a text. One forward pass per text, and the cost of the method."
     if method not in methods(): refuse("method", repr(method), f"one of {', '.join(methods())}")
     if method in TOKENS and by != "token": refuse("by", repr(by), f'"token" with {method}, which scores tokens; `.words()` or `.spans(...)` of the result add them up')
+    if method == "LRP": score = score or "logit" # relevance does not pass the softmax of a probability
     model, chunk = model if isinstance(model, Model) else load_model(model), check_count("chunk", chunk)
     if generation and model.kind != "causal": refuse("generation", f"True with a model of kind {model.kind!r}", "a causal language model")
     if generation: found = [_generation(model, t, target, method, score, absent, new_tokens, special, chunk, options) for t in ([text] if isinstance(text, str) else text)]
