@@ -63,6 +63,18 @@ def llama():
     return network, torch.randint(0, 50, (4, 4)), lambda x, m=mask: network(input_ids=x, attention_mask=(x > 10).long().cummax(1)[0]).logits[:, -1]
 
 
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+    network = MixtralForCausalLM(MixtralConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, num_local_experts=4))
+    return network, torch.randint(0, 50, (4, 6)), lambda x: network(input_ids=x).logits[:, -1]
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+    network = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, d_ff=32, num_layers=3, num_heads=2, d_kv=8, decoder_start_token_id=0))
+    return network, torch.randint(3, 50, (4, 6)), lambda x: network(input_ids=x, decoder_input_ids=x[:, :3]).logits[:, -1]
+
+
 def encoder():
     network = nn.Sequential(nn.Linear(8, 16), nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3, enable_nested_tensor=False), nn.Linear(16, 5))
     return network.requires_grad_(False), torch.randn(4, 6, 8), lambda x: network(x)[:, 0]
@@ -84,6 +96,8 @@ CASES = {
     "bert word embeddings": (lambda: bert(True), lambda n: n.bert.embeddings.word_embeddings, None, lambda n: None),
     "llama layer": (llama, lambda n: n.model.layers[1], None, lambda n: n.model.layers[0].self_attn),
     "llama mlp": (llama, lambda n: n.model.layers[1].mlp, None, lambda n: n.model.layers[1].self_attn),
+    "mixture of experts": (mixtral, lambda n: n.model.layers[1].mlp, None, lambda n: n.model.layers[1].self_attn),
+    "t5 encoder": (t5, lambda n: n.encoder.block[1], None, lambda n: n.encoder.block[0].layer[0].SelfAttention), "t5 decoder": (t5, lambda n: n.decoder.block[2].layer[1], None, lambda n: n.encoder),
     "fused encoder": (encoder, lambda n: n[1].layers[1].linear1, None, lambda n: n[1].layers[1].self_attn),
     "shared block, third time": (shared, lambda n: n.block, 2, lambda n: n.recurrent), "inside the shared block": (shared, lambda n: n.block[0], 1, lambda n: n.gate),
 }
@@ -153,6 +167,17 @@ def test_hooks_of_the_user_act_once_in_the_whole_and_behind():
     close(g(h, rows), f(x))
     torch.testing.assert_close(head(f, stack[1])(x), h), torch.testing.assert_close(layer_gradients(f, x, stack[1])[1], h)
     assert all(len(m._forward_hooks) == 1 for m in (stack[0], stack[1], stack[2]))
+
+
+def test_modules_that_accelerate_has_wrapped():
+    hooks = pytest.importorskip("accelerate.hooks")
+    network, x, logits = llama()
+    network.eval()
+    for m in network.model.layers: hooks.add_hook_to_module(m, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    f, before = lambda x: logits(x)[:, 0], state(network)
+    g, h, rows = tail(f, x, network.model.layers[1])
+    close(g(h, rows), f(x), 1e-4)
+    assert state(network) == before and "forward" in vars(network.model.layers[0])
 
 
 class Batchwise(nn.Module):
