@@ -103,6 +103,19 @@ def test_half_precision_and_a_device_map(tmp_path):
         assert (explain(model, TEXTS[0], "great", method="leave-one-out").value - full.value) < .1
 
 
+def test_layers_and_propagation_explain_the_same_question():
+    from whatmatters.attribution.layers import layer_conductance, layer_integrated_gradients
+    from whatmatters.attribution.propagation import deeplift
+    network = tiny("Bert", "ForSequenceClassification", {}, num_labels=3)
+    question = ask(load_model(network, tokenizer=tokenizer()), TEXTS, 1)
+    start, layer = question.baseline("mask"), network.bert.encoder.layer[0]
+    difference = question.f(question.x, *question.args) - question.f(start, *question.args)
+    scores, error = layer_integrated_gradients(question.f, question.x, layer, start, args=question.args, steps=64, return_error=True)
+    assert scores.shape == question.x.shape and error.abs().max() < .01 * difference.abs().max()
+    torch.testing.assert_close(layer_conductance(question.f, question.x, layer, start, 128, args=question.args).flatten(1).sum(1), difference, atol=2e-3, rtol=0)
+    torch.testing.assert_close(deeplift(question.f, question.x, start, args=question.args).flatten(1).sum(1), difference, atol=1e-4, rtol=1e-4)
+
+
 def test_padding_that_a_decoder_needs():
     network = tiny("Llama", "ForSequenceClassification", CLASSIFIERS["Llama"], pad_token_id=None)
     with pytest.raises(ValueError, match="network.config.pad_token_id: got None; want the id of the padding token"): load_model(network, tokenizer=tokenizer())
