@@ -289,8 +289,16 @@ def _reveal_cancel(call, inputs, output, g):
     negative = share((with_down - y0 + output - with_up) / 2, down)
     return [_hand_back(*layer, a - a0, g * positive, g * negative)]
 
+def _as_linear(otherwise):
+    "addmm with constant weights as the linear layer that it is."
+    def treat(rules, call):
+        if call.places != [1] or call.kwargs: return otherwise(rules, call)
+        return rules.within(F.linear, call.args[1], call.args[2].T, call.args[0])
+    return treat
+
 def _reveal_table():
-    return {**_rescale_table(), **dict.fromkeys(ENTRYWISE, _cancelling), **dict.fromkeys(_LINEAR, _remember_layer), "batch_norm": _remember_norm}
+    table = {**_rescale_table(), **dict.fromkeys(ENTRYWISE, _cancelling), **dict.fromkeys(_LINEAR, _remember_layer), "batch_norm": _remember_norm}
+    return {**table, "addmm": _as_linear(table["addmm"])}
 
 # %% ../../../nbs/attribution/02_propagation.ipynb #deeplift
 def deeplift(
@@ -417,7 +425,7 @@ def _relevance_table(rule, epsilon, gamma, alpha, attention):
                    softmax=Rules.accept if attention == "taylor" else _constant, **dict.fromkeys(("relu", "leaky_relu", "amax", "max", *_POOLS), Rules.accept))
     table |= {n: _either(linear, table[n]) for n in ("matmul", "einsum")} | {n: _either(linear, _spell(_SPELLED[n])) for n in ("addmm", "baddbmm")}
     if rule == "epsilon": return table | dict.fromkeys(_LINEAR, linear)
-    return table | dict.fromkeys(_LINEAR, _signed(rules[rule])) | {"batch_norm": _signed_norm(rules[rule])}
+    return table | dict.fromkeys(_LINEAR, _signed(rules[rule])) | {"batch_norm": _signed_norm(rules[rule]), "addmm": _as_linear(table["addmm"])}
 
 # %% ../../../nbs/attribution/02_propagation.ipynb #_signed_relevance
 def _by_gamma(gamma, epsilon):
