@@ -289,8 +289,16 @@ def _reveal_cancel(call, inputs, output, g):
     negative = share((with_down - y0 + output - with_up) / 2, down)
     return [_hand_back(*layer, a - a0, g * positive, g * negative)]
 
+def _as_linear(otherwise):
+    "addmm with constant weights as the linear layer that it is."
+    def treat(rules, call):
+        if call.places != [1] or call.kwargs: return otherwise(rules, call)
+        return rules.within(F.linear, call.args[1], call.args[2].T, call.args[0])
+    return treat
+
 def _reveal_table():
-    return {**_rescale_table(), **dict.fromkeys(ENTRYWISE, _cancelling), **dict.fromkeys(_LINEAR, _remember_layer), "batch_norm": _remember_norm}
+    table = {**_rescale_table(), **dict.fromkeys(ENTRYWISE, _cancelling), **dict.fromkeys(_LINEAR, _remember_layer), "batch_norm": _remember_norm}
+    return {**table, "addmm": _as_linear(table["addmm"])}
 
 # %% ../../../nbs/attribution/02_propagation.ipynb #deeplift
 def deeplift(
@@ -328,7 +336,7 @@ def _contributions(f, x, references, table, args, tolerate):
     total, errors = 0., 0.
     for i, reference in enumerate(references):
         value0, scale = _at_reference(rules, f, reference, x, args), torch.promote_types(x.dtype, torch.float32)
-        multipliers, = torch.autograd.grad(value.sum(), leaf, retain_graph=i + 1 < len(references))
+        multipliers, = torch.autograd.grad(value, leaf, torch.ones_like(value), retain_graph=i + 1 < len(references))
         c = multipliers.to(scale) * (x - reference)
         error = c.flatten(1).sum(1) - (value.detach() - value0)
         limit = {torch.float64: 1e-8, torch.float32: 1e-3}.get(x.dtype, .1) * (value.detach().abs() + value0.abs() + c.flatten(1).abs().sum(1))
@@ -417,7 +425,7 @@ def _relevance_table(rule, epsilon, gamma, alpha, attention):
                    softmax=Rules.accept if attention == "taylor" else _constant, **dict.fromkeys(("relu", "leaky_relu", "amax", "max", *_POOLS), Rules.accept))
     table |= {n: _either(linear, table[n]) for n in ("matmul", "einsum")} | {n: _either(linear, _spell(_SPELLED[n])) for n in ("addmm", "baddbmm")}
     if rule == "epsilon": return table | dict.fromkeys(_LINEAR, linear)
-    return table | dict.fromkeys(_LINEAR, _signed(rules[rule])) | {"batch_norm": _signed_norm(rules[rule])}
+    return table | dict.fromkeys(_LINEAR, _signed(rules[rule])) | {"batch_norm": _signed_norm(rules[rule]), "addmm": _as_linear(table["addmm"])}
 
 # %% ../../../nbs/attribution/02_propagation.ipynb #_signed_relevance
 def _by_gamma(gamma, epsilon):
@@ -475,7 +483,7 @@ def lrp(
     table, args = _relevance_table(rule, epsilon, gamma, alpha, attention), tuple(check_rows(f"args[{i}]", a, x) for i, a in enumerate(args))
     def step(rows):
         value, leaf = value_under(Rules(table), f, x[rows], tuple(a[rows] for a in args))
-        relevance = leaf.detach() * torch.autograd.grad(value.sum(), leaf)[0]
+        relevance = leaf.detach() * torch.autograd.grad(value, leaf, torch.ones_like(value))[0]
         return relevance, relevance.flatten(1).sum(1) - value.detach()
     relevance, errors = map(torch.cat, zip(*Chunk.of(chunk, len(x)).over(len(x), step)))
     return (relevance, errors) if return_error else relevance
@@ -566,7 +574,7 @@ def _linear_effects(table, f, x, corrupted, modules, steps, args, chunk):
             at = torch.lerp(here, corrupted[rows], (i + .5) / steps) if steps > 1 else here
             value, a = activations(lambda: value_under(Rules(table), f, at, extra)[0] if table else _value_with_graph(f, at, extra))
             clean = [t.detach() for t in a] if clean is None else clean
-            c = torch.autograd.grad(value.sum(), a, allow_unused=True)
+            c = torch.autograd.grad(value, a, torch.ones_like(value), allow_unused=True)
             c = [torch.zeros_like(t) if g is None else g / steps for g, t in zip(c, a)]
             total = c if total is None else [s + g for s, g in zip(total, c)]
         return [((b - t).float() * g.float()).sum(-1).to(x.dtype) if x.dtype != torch.float64 else ((b - t) * g).sum(-1) for b, t, g in zip(there, clean, total)]
