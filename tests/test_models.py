@@ -58,7 +58,7 @@ def test_a_classifier_is_itself_alone_and_in_a_batch(name):
 def test_a_causal_model_is_itself(name):
     network = tiny(name, "LMHeadModel" if name == "GPT2" else "ForCausalLM", CAUSAL[name])
     model = load_model(network, tokenizer=tokenizer(close=False))
-    question = ask(model, TEXTS, "was well told")
+    question = ask(model, TEXTS, " was well told")
     def by_hand(text):
         ids = model.tokenizer(text + " was well told", return_tensors="pt").input_ids
         return network(ids).logits.log_softmax(-1)[0, -4:-1].gather(-1, ids[0, -3:, None]).sum()
@@ -95,12 +95,12 @@ def test_half_precision_and_a_device_map(tmp_path):
     pytest.importorskip("accelerate")
     tiny("Llama", "ForCausalLM", CAUSAL["Llama"]).save_pretrained(tmp_path)
     tokenizer(close=False).save_pretrained(tmp_path)
-    full = explain(str(tmp_path), TEXTS[0], "great", method="input x gradient")
+    full = explain(str(tmp_path), TEXTS[0], " great", method="input x gradient")
     for options in (dict(dtype=torch.bfloat16), dict(device_map={"": "cpu"}, dtype=torch.bfloat16)):
         model = load_model(tmp_path, **options)
         assert model.kind == "causal" and model.network.dtype == torch.bfloat16
-        assert torch.nn.functional.cosine_similarity(explain(model, TEXTS[0], "great", method="input x gradient").scores, full.scores, dim=0) > .98
-        assert (explain(model, TEXTS[0], "great", method="leave-one-out").value - full.value) < .1
+        assert torch.nn.functional.cosine_similarity(explain(model, TEXTS[0], " great", method="input x gradient").scores, full.scores, dim=0) > .98
+        assert (explain(model, TEXTS[0], " great", method="leave-one-out").value - full.value) < .1
 
 
 def test_layers_and_propagation_explain_the_same_question():
@@ -176,3 +176,47 @@ def test_a_real_decoder_against_brute_force_and_captum(stories):
     theirs = LLMAttribution(FeatureAblation(stories.network), stories.tokenizer).attribute(inputs, target=ids[read:], use_cached_outputs=False)  # cached, it is wrong
     torch.testing.assert_close(theirs.token_attr, (brute[-1:] - brute[:-1]).T, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(explain(stories, prompt, target, "leave-one-out", generation=True, absent="unk").scores[:, :value.players], (brute[-1:] - brute[:-1]).T, atol=1e-4, rtol=1e-4)
+
+
+def test_what_beside_a_sentence_encoder_says_how_it_pools(tmp_path):
+    import json
+    tiny("Bert", "Model", {}).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path/"1_Pooling").mkdir()
+    for described, wanted in (({"pooling_mode": "cls"}, "first"), ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "first"), ({"pooling_mode_mean_tokens": True}, "mean")):
+        (tmp_path/"1_Pooling/config.json").write_text(json.dumps(described))
+        assert load_model(tmp_path).pooling == wanted
+    (tmp_path/"1_Pooling/config.json").write_text(json.dumps({"pooling_mode": "lasttoken"}))
+    with pytest.raises(ValueError, match="pooling 'lasttoken'; want one that pools by mean or cls"): load_model(tmp_path)
+    assert load_model(tmp_path, pooling="mean").pooling == "mean"
+
+
+def test_targets_of_numpy_one_output_and_absent_means():
+    import numpy
+    network = tiny("Bert", "ForSequenceClassification", {}, num_labels=3)
+    model = load_model(network, tokenizer=tokenizer())
+    assert ask(model, TEXTS, [numpy.int64(1), torch.tensor(2), 0]).target == ["LABEL_1", "LABEL_2", "LABEL_0"]
+    single = load_model(tiny("Bert", "ForSequenceClassification", {}, num_labels=1), tokenizer=tokenizer())
+    with pytest.raises(ValueError, match="score: got 'probability'; want \"logit\" of a model with a single output"): explain(single, TEXTS[0], score="probability")
+    assert explain(single, TEXTS[0]).scores.abs().max() > 0
+    scaled = load_model(tiny("Bart", "ForConditionalGeneration", CLASSIFIERS["Bart"], scale_embedding=True), tokenizer=tokenizer())
+    torch.testing.assert_close(scaled.mean_embedding, scaled.embed(torch.arange(WIDE["vocab_size"])).mean(0))
+    with pytest.raises(ValueError, match="kind: got an encoder with its decoder"): load_model(tiny("Bart", "Model", CLASSIFIERS["Bart"]), tokenizer=tokenizer())
+    mpnet = load_model(tiny("MPNet", "Model", {}), tokenizer=tokenizer())
+    assert mpnet.longest == 38 and explain(mpnet, "film " * 36, "story", "gradient").scores.isfinite().all()
+
+
+def test_nothing_is_left_to_read_from():
+    model = load_model(tiny("GPT2", "LMHeadModel", CAUSAL["GPT2"]), tokenizer=tokenizer(close=False))
+    model.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    question = ask(model, "the film was", " good")
+    with pytest.raises(ValueError, match='absent: got "delete" of a whole text'): removal(question, absent="delete")(torch.tensor([[False] * 3]))
+    one, both = torch.tensor([[False, False, True]]), torch.tensor([[False, False, True], [True, True, True]])
+    torch.testing.assert_close(removal(question, absent="delete")(both)[:1], removal(question, absent="delete", reuse=False)(one))
+
+
+def test_generated_bytes_make_one_character(stories):
+    whole = ask(stories, "Once upon a time", " 🙂 and then", generated=True)
+    assert whole.texts.texts[0].startswith("Once upon a time 🙂 and") and "\ufffd" not in whole.texts.texts[0]
+    answer = explain(stories, "Once upon a time", " 🙂 and then", generation=True, method="input x gradient")
+    assert "🙂" in answer.words().tokens and answer.words().scores.sum().item() == pytest.approx(answer.scores.sum().item(), abs=1e-3)

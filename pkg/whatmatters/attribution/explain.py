@@ -52,7 +52,7 @@ class Explanation:
         group, names = groups(here, by=by)
         ends = [[int(f(self.offsets[group == g, i])) for i, f in enumerate((min, max))] for g in range(len(names))]
         total = self.scores.new_zeros(*self.scores.shape[:-1], len(names) + 1).index_add_(-1, group % (len(names) + 1), self.scores)[..., :-1] # -1 goes to the last
-        return Explanation(self.text, names, total, self.target, self.method, self.score, torch.tensor(ends), self.value, self.error)
+        return Explanation(self.text, names, total, self.target, self.method, self.score, torch.tensor(ends), self.value, self.error if by in ("word", "sentence") else None)
 
     def words(self): return self.spans("word")
 
@@ -114,8 +114,10 @@ def _save(e, path):
         tensors = {f: getattr(e, f) for f in e.FIELDS if isinstance(getattr(e, f), Tensor)}
         data = save({f: t.contiguous() for f, t in tensors.items()}, {"explanation": json.dumps({f: v for f, v in plain.items() if f not in tensors})})
     else: refuse("path", path.name, "a name that ends in .json or .safetensors")
+    if not path.parent.is_dir(): refuse("path", f"{path}, in no folder", "a folder that is there")
     handle, name = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(handle, "wb") as file: file.write(data)
+    os.chmod(name, 0o644)
     os.replace(name, path)
 
 # %% ../../../nbs/attribution/06_explain.ipynb #load
@@ -166,19 +168,22 @@ def _matrix(question, method, steps, chunk, absent):
         masks = torch.cat([torch.ones(1, value.players, dtype=torch.bool), ~torch.eye(value.players, dtype=torch.bool)])
         values = value.each(masks)
         return values[0], (values[0] - values[1:]).T, None
-    else: refuse("method", repr(method), "gradient, input x gradient, integrated gradients or leave-one-out for a generation")
     return values, scores[:, playing], None
 
 # %% ../../../nbs/attribution/06_explain.ipynb #_by_gradient
 def _by_gradient(attribute, question, absent, chunk, options):
     more = dict(baseline=question.baseline(absent), return_error=True) if attribute in (integrated_gradients, deeplift) else {}
-    if attribute is integrated_gradients and not {"steps", "tolerance"} & set(options): options = {**options, "steps": 16}
+    if attribute is integrated_gradients and not {"steps", "tolerance"} & set(options):
+        ends = [values_of(question.f, x, question.args, chunk) for x in (question.x, more["baseline"])]
+        options = {**options, "tolerance": .01 * (ends[0] - ends[1]).abs().clamp_min(1e-3)}
     scores = attribute(question.f, question.x, args=question.args, chunk=chunk, **more, **options)
     scores, error = scores if more else (scores, None)
     return scores.norm(dim=-1) if attribute is gradient else scores.sum(-1), error
 
 def _by_attention(combine, question, absent, chunk, options):
     model, passage, rows = question.model, question.passages[0], []
+    if model.network.config._attn_implementation != "eager": refuse("model", f"attention by {model.network.config._attn_implementation!r}, which gives no weights", 'one loaded with attn_implementation="eager"')
+    # transformers leaves the hooks that collect attention on the network; they do nothing in other calls
     for part in zip(*(t.split(chunk) for t in passage)): # one layer of attention is heads x T x T numbers
         with torch.no_grad(): rows.append(combine(_call(model, *part[:3], output_attentions=True).get("attentions"), **options))
     read, last = torch.cat(rows).to(question.x.device), passage.mask.sum(1) - 1
@@ -191,20 +196,18 @@ def _by_learned_mask(question, absent, chunk, options):
 
 def _by_reagent(question, absent, chunk, options):
     model, passage = question.model, question.passages[0]
-    if model.kind not in ("causal", "masked") or passage.wanted.shape[1] > 1: refuse("method", '"ReAGent" here', "a causal or masked language model and a target of one token")
     replace = options.pop("replace", None) or draw_tokens(torch.ones(model.config.vocab_size))
-    def one(i):
-        length = int(passage.mask[i].sum())
-        rest = lambda m: [t[i:i + 1, :length].expand(m, length) for t in passage[1:3]] + [t[i:i + 1].expand(m, -1) for t in passage[3:]]
-        result = reagent(lambda ids: question.logits(None, ids, *rest(len(ids))).float().softmax(-1), passage.ids[i, :length], int(passage.wanted[i, 0]), replace,
-                         players=question.texts.players[i, :length], chunk=chunk, **options)
-        return torch.nn.functional.pad(result.scores.to(question.x.device), (0, passage.ids.shape[1] - length))
-    return torch.stack([one(i) for i in range(len(passage.ids))]), None
+    rest = lambda m: [t.expand(m, *t.shape[1:]) for t in passage[1:]]
+    result = reagent(lambda ids: question.logits(None, ids, *rest(len(ids))).float().softmax(-1), passage.ids[0], int(passage.wanted[0, 0]), replace,
+                     players=question.texts.players[0], chunk=chunk, **options)
+    return result.scores.to(question.x.device)[None], None
 
 TOKENS = {"gradient": partial(_by_gradient, gradient), "input x gradient": partial(_by_gradient, input_x_gradient), "integrated gradients": partial(_by_gradient, integrated_gradients),
           "DeepLIFT": partial(_by_gradient, deeplift), "LRP": partial(_by_gradient, lrp),
           "SmoothGrad": partial(_by_gradient, lambda f, x, **options: x * smoothgrad(f, x, **options)), "learned mask": _by_learned_mask, "ReAGent": _by_reagent,
           "raw attention": partial(_by_attention, raw_attention), "attention rollout": partial(_by_attention, attention_rollout)}
+DRAWN = ("SmoothGrad", "learned mask", "ReAGent") # one text at a time: the draws of a text are not to depend on the others
+ABSENT = ("integrated gradients", "DeepLIFT", "learned mask") # beside the methods that remove
 PLAYERS = {"leave-one-out": leave_one_out, "Shapley": kernel_shap, "permutation Shapley": permutation_shapley, "Banzhaf": banzhaf_sampling, "LIME": lime}
 
 # %% ../../../nbs/attribution/06_explain.ipynb #methods
@@ -229,13 +232,19 @@ def explain(
 ):                     # an `Explanation`, or a list of them
     "Explain what a model says of a text. One forward pass per text, and the cost of the method."
     if method not in methods(): refuse("method", repr(method), f"one of {', '.join(methods())}")
+    if not isinstance(text, str) and (not isinstance(text, (list, tuple)) or not text): refuse("text", repr(text), "a text or a list of texts")
     if method in TOKENS and by != "token": refuse("by", repr(by), f'"token" with {method}, which scores tokens; `.words()` or `.spans(...)` of the result add them up')
+    if absent is not None and method in TOKENS and method not in ABSENT: refuse("absent", repr(absent), f"None with {method}")
     if method == "LRP": score = score or "logit" # relevance does not pass the softmax of a probability
     model, chunk = model if isinstance(model, Model) else load_model(model), check_count("chunk", chunk)
-    if generation and model.kind != "causal": refuse("generation", f"True with a model of kind {model.kind!r}", "a causal language model")
-    if generation: found = [_generation(model, t, target, method, score, absent, new_tokens, special, chunk, options) for t in ([text] if isinstance(text, str) else text)]
+    if generation or not isinstance(text, str) and method in DRAWN: # one by one
+        texts, pick = [text] if isinstance(text, str) else text, lambda v, i: v[i] if isinstance(v, list) else v
+        if isinstance(target, list) and len(target) != len(texts): refuse("target", f"a list of {len(target)}", f"{len(texts)}, one per text")
+        if generation: found = [_generation(model, t, pick(target, i), method, by, score, absent, new_tokens, second, at, special, chunk, options) for i, t in enumerate(texts)]
+        else: found = [explain(model, t, pick(target, i), method, by, score, absent, False, new_tokens, pick(second, i), pick(at, i), special, chunk, **options) for i, t in enumerate(texts)]
     else:
         question = ask(model, text, target, score, second, at, new_tokens, special)
+        _check_question(question, method)
         values = values_of(lambda rows, *args: question.f(None, *args), question.x, question.args, chunk)
         if not values.isfinite().all(): refuse("model", "values that are NaN or infinite", "finite outputs for the texts as they are")
         if method in TOKENS: scores, errors = TOKENS[method](question, absent, chunk, options)
@@ -243,7 +252,14 @@ def explain(
                  for i, v in enumerate(values.tolist())]
     return found[0] if isinstance(text, str) else found
 
-# %% ../../../nbs/attribution/06_explain.ipynb #_of_tokens
+# %% ../../../nbs/attribution/06_explain.ipynb #_check_question
+def _check_question(question, method):
+    "Refuse what a method cannot answer."
+    kind, single = question.model.kind, len(question.passages) == 1 and question.passages[0].wanted.shape[1] == 1
+    if method == "ReAGent" and not (kind in ("causal", "masked") and single): refuse("method", '"ReAGent" here', "a causal or masked language model and a target of one token, no contrast")
+    if method == "learned mask" and (kind == "encoder" or not single): refuse("method", '"learned mask" here', "a model with classes or a vocabulary, one token and no contrast: it keeps the whole distribution")
+    if "attention" in method and kind == "encoder-decoder": refuse("method", repr(method), f"another with a model of kind {kind!r}")
+
 def _of_tokens(question, i, scores, method, value, errors):
     texts, playing = question.texts, question.texts.players[i].cpu()
     tokens = [t for t, p in zip(texts.tokens[i], playing.tolist()) if p]
@@ -258,7 +274,12 @@ def _of_players(question, i, method, value, by, absent, chunk, options):
     return Explanation(question.texts.texts[i], players.names, result.scores.float().cpu(), question.target[i], method, question.score, ends, value, None,
                        None if result.error is None else result.error.float().cpu())
 
-def _generation(model, text, target, method, score, absent, new_tokens, special, chunk, options):
+def _generation(model, text, target, method, by, score, absent, new_tokens, second, at, special, chunk, options):
+    known = ("gradient", "input x gradient", "integrated gradients", "leave-one-out")
+    if model.kind != "causal": refuse("generation", f"True with a model of kind {model.kind!r}", "a causal language model")
+    if method not in known: refuse("method", repr(method), f"one of {', '.join(known)} for a generation")
+    if by != "token" or second is not None or at is not None: refuse("by, second, at", f"{by!r}, {second!r}, {at!r}", '"token" and None for a generation; `.words()` of the result adds up')
+    if odd := set(options) - ({"steps"} if method == "integrated gradients" else set()): refuse("options", ", ".join(sorted(odd)), f"none that {method} of a generation does not have")
     question = ask(model, text, target, score, new_tokens=new_tokens, special=special, generated=True)
     values, scores, error = _matrix(question, method, check_count("steps", options.get("steps", 16)), chunk, absent)
     made = _of_tokens(question, 0, question.x.new_zeros(question.x.shape[1]), method, None, None)

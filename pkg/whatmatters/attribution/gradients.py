@@ -47,7 +47,7 @@ def integrated_gradients(
     args:tuple=(),      # further arguments of `f`, each with one entry per row of `x`
     chunk:int|None=None,# rows per model call; None: as many rows as `x` has
     return_error:bool=False, # also give the completeness error (B,), for two more forward passes; for none with `tolerance`
-    tolerance:float|None=None, # in place of steps: each input stops at 3, 5, 9, 17 ... points, when its completeness error, in units of `f`, is no larger
+    tolerance=None,     # in place of steps: each input stops at 3, 5, 9, 17 ... points, when its completeness error, in units of `f`, is no larger; a number, or one per input (B,)
 ):                      # attributions, shaped like `x`; they sum to f(x) - f(baseline) but for the error
     "Integrated gradients along a straight path (Sundararajan et al. 2017, arXiv:1703.01365)."
     check_inputs("x", x)
@@ -99,7 +99,9 @@ def _clenshaw_curtis(n):
 def _until_complete(f, x, baseline, most, tolerance, args, chunk):
     "Integrated gradients and completeness errors, with ever more points for the inputs whose error is above the tolerance."
     check_count("steps", most, 3)
-    if not 0 < tolerance < float("inf"): refuse("tolerance", tolerance, "a positive number")
+    tolerance = torch.as_tensor(tolerance, device=x.device)
+    if tolerance.shape not in ((), (len(x),)) or not ((tolerance > 0) & (tolerance < float("inf"))).all(): refuse("tolerance", tolerance.tolist(), "a positive number, or one per input")
+    tolerance = tolerance.expand(len(x))
     rules = [_clenshaw_curtis(2 ** level) for level in range(1, (most - 1).bit_length()) if 2 ** level < most]
     dtype = torch.promote_types(x.dtype, torch.float32)
     sums = [torch.zeros_like(x, dtype=dtype) for _ in rules] # one for each rule to come: no gradient is kept
@@ -119,7 +121,7 @@ def _until_complete(f, x, baseline, most, tolerance, args, chunk):
         found = sums.pop(0).mul_(end - start).to(x.dtype)
         error = found.flatten(1).sum(1, dtype=dtype) - difference
         attributions[left], errors[left] = found, error
-        on = ~(error.abs() <= tolerance)
+        on = ~(error.abs() <= tolerance[left])
         if not sums or not on.any(): break
         left, difference, sums = left[on], difference[on], [s[on] for s in sums]
     return attributions, errors

@@ -27,6 +27,13 @@ def _realise(model, passage, gone, absent, u):
     ids, mask, types = (torch.where(gone, filler, t).gather(1, order) for t, filler in ((ids, model.config.pad_token_id or 0), (mask, 0), (types, 0)))
     return None, _Passage(ids, mask, types, where - gone.cumsum(1).gather(1, where), wanted)
 
+# %% ../../../nbs/core/12_absence.ipynb #_check_delete
+def _check_delete(model, passages, gone):
+    "Something has to be left where the answer is read off."
+    for p in passages:
+        if model.kind == "causal" and bool((p.where.min() < gone[:, :int(p.where.min()) + 1].sum(1)).any()): refuse("absent", '"delete" of a whole text without a first token of the tokenizer', "another name, or masks that leave a token")
+        if model.kind in ("token classifier", "masked") and bool(gone[:, p.where[0]].any()): refuse("absent", '"delete" of the token that is asked about', "another name, or masks that keep it")
+
 # %% ../../../nbs/core/12_absence.ipynb #_Prefix
 class _Prefix:
     "Keys and values of the unchanged text, cut to any length."
@@ -63,8 +70,9 @@ def removal(
 
     @torch.no_grad()
     def read(masks, combine):
-        if masks.ndim != 2 or masks.shape[1] != len(names): refuse("masks", f"shape {tuple(masks.shape)}", f"(M, {len(names)}), a column per player")
+        if masks.ndim != 2 or masks.shape[1] != len(names) or not len(masks): refuse("masks", f"shape {tuple(masks.shape)}", f"(M, {len(names)}), a column per player")
         gone = ~masks.to(model.device).bool()[:, group.clamp_min(0)] & (group >= 0)
+        if absent == "delete": _check_delete(model, passages, gone)
         if reuse and not prefix: prefix.append(_Prefix(model, passages[0]))
         cached = reuse and bool(prefix[0].layers)
         first = torch.where(gone.any(1), gone.int().argmax(1), gone.shape[1])
@@ -78,8 +86,12 @@ def removal(
         values = torch.cat(chunk.over(len(gone), step))
         return check_finite("f", values[order.argsort()])
 
-    def value(masks:Tensor)->Tensor: return read(masks, lambda sides: _total(sides[0], question.score) - (_total(sides[1], question.score) if len(sides) > 1 else 0))
-    value.each, value.players, value.names, value.absent = lambda masks: read(masks, lambda sides: sides[0]), len(names), names, absent
+    def total(sides): return [_total(each, p.wanted, question.score) for each, p in zip(sides, passages)]
+    def value(masks:Tensor)->Tensor: return read(masks, lambda sides: total(sides)[0] if len(sides) == 1 else total(sides)[0] - total(sides)[1])
+    def each(masks:Tensor)->Tensor:
+        if len(passages) > 1: refuse("question", "a contrast", "one continuation, to look at its tokens")
+        return read(masks, lambda sides: sides[0])
+    value.each, value.players, value.names, value.absent = each, len(names), names, absent
     return value
 
 # %% ../../../nbs/core/12_absence.ipynb #draw_tokens

@@ -6,9 +6,13 @@
 __all__ = ['KINDS', 'AUTO', 'SCORES', 'kind_of', 'Model', 'load_model', 'Texts', 'encode', 'spans_of', 'groups', 'score_of',
            'Question', 'ask']
 
-# %% ../../../nbs/core/11_models.ipynb #64d1d95f
+# %% ../../../nbs/core/11_models.ipynb #11ddacf8
 import difflib
+import json
+import numbers
 import re
+import unicodedata
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -18,7 +22,7 @@ from .hooks import patch
 from .values import Chunk, check_count, check_finite, refuse, seeded
 
 # %% ../../../nbs/core/11_models.ipynb #kind_of
-KINDS = {"classifier": "ForSequenceClassification", "token classifier": "ForTokenClassification", "masked": "ForMaskedLM", "encoder-decoder": "ForConditionalGeneration",
+KINDS = {"classifier": "ForSequenceClassification", "token classifier": "ForTokenClassification", "masked": "ForMaskedLM", "encoder-decoder": ("ForConditionalGeneration", "MTModel"),
          "causal": ("ForCausalLM", "LMHeadModel"), "encoder": "Model"}
 AUTO = {"classifier": "AutoModelForSequenceClassification", "token classifier": "AutoModelForTokenClassification", "masked": "AutoModelForMaskedLM",
         "encoder-decoder": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM", "encoder": "AutoModel"}
@@ -43,6 +47,7 @@ class Model:
         if network.training: refuse("network", "one in training mode, whose dropout draws anew in every call", "network.eval()")
         if pooling not in ("mean", "first"): refuse("pooling", repr(pooling), '"mean" or "first"')
         if kind is not None and kind not in KINDS: refuse("kind", repr(kind), f"one of {', '.join(KINDS)}")
+        if network.config.is_encoder_decoder and (kind or kind_of(type(network).__name__)) in ("encoder", "causal"): refuse("kind", "an encoder with its decoder", "the model with its head, such as ForConditionalGeneration")
         self.network, self.tokenizer, self.kind, self.pooling = network, tokenizer, kind or kind_of(type(network).__name__), pooling
         if self.kind == "classifier" and not getattr(network.config, "is_encoder_decoder", False) and self.config.pad_token_id is None and "score" in dict(network.named_children()):
             refuse("network.config.pad_token_id", None, "the id of the padding token: a decoder that classifies looks for the last token before it")
@@ -60,8 +65,15 @@ class Model:
     def longest(self)->float:
         "The longest text in tokens."
         positions = getattr(self.config, "max_position_embeddings", None) or float("inf")
-        if re.search("roberta|camembert|esm", self.config.model_type): positions -= self.config.pad_token_id + 1 # theirs begin after the padding
+        table = next((m for n, m in self.network.named_modules() if n.endswith("position_embeddings") and getattr(m, "padding_idx", None) is not None), None)
+        if table is not None: positions = table.num_embeddings - table.padding_idx - 1 # of RoBERTa and its kin: they begin after the padding
         return min(positions, self.tokenizer.model_max_length)
+
+    @cached_property
+    def mean_embedding(self)->Tensor:
+        "Mean embedding of all tokens, (H,)."
+        pieces = torch.arange(self.embedding.num_embeddings, device=self.device).split(4096)
+        return sum(self.embed(p).float().sum(0) for p in pieces) / self.embedding.num_embeddings
 
     def embed(self,
         ids:Tensor, # (B, T)
@@ -90,12 +102,21 @@ def load_model(
         tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ImportError) as error:
         refuse("source", f"{str(source)!r}, which did not load ({str(error).strip().splitlines()[0][:160]})", "a folder with a model and its tokenizer, or a hub id that this machine reaches")
-    return Model(network, tokenizer, kind, pooling or _pooling(Path(source)))
+    return Model(network, tokenizer, kind, pooling or (_pooling(source) if kind == "encoder" else "mean"))
 
-def _pooling(folder):
-    import json
-    described = folder/"1_Pooling"/"config.json"
-    return "first" if described.is_file() and json.loads(described.read_text()).get("pooling_mode_cls_token") else "mean"
+def _pooling(source):
+    "What a sentence encoder does with its tokens, as sentence-transformers has written it beside the model."
+    from transformers.utils import cached_file
+    quiet = {f"_raise_exceptions_for_{e}": False for e in ("gated_repo", "missing_entries", "connection_errors")}
+    def read(name, default):
+        found = cached_file(source, name, **quiet)
+        return default if found is None else json.loads(Path(found).read_text())
+    described, modules = read("1_Pooling/config.json", {}), [m["type"].split(".")[-1] for m in read("modules.json", [])]
+    mode = described.get("pooling_mode") or next((k for k, v in described.items() if k.startswith("pooling_mode_") and v is True), "mean")
+    mode = mode.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
+    if mode not in ("mean", "cls") or set(modules) - {"Transformer", "Pooling", "Normalize"}:
+        refuse("source", f"a sentence encoder of {', '.join(modules) or 'tokens'} with pooling {mode!r}", "one that pools by mean or cls and ends there, or pooling= to leave the rest out")
+    return "first" if mode == "cls" else "mean"
 
 # %% ../../../nbs/core/11_models.ipynb #Texts
 class Texts(NamedTuple):
@@ -118,20 +139,25 @@ def encode(
     "Tokenise, pad at the end, and mark the players. Nothing is cut off: a text that is too long is refused. No model calls."
     texts, second = ([t] if isinstance(t, str) else t for t in (texts, second))
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts): refuse("texts", repr(texts)[:80], "a text or a list of texts")
-    if second is not None and len(second) != len(texts): refuse("second", f"{len(second)} texts", f"{len(texts)}, one per first text")
+    if second is not None and (not isinstance(second, (list, tuple)) or len(second) != len(texts) or not all(isinstance(t, str) for t in second)):
+        refuse("second", repr(second)[:80], f"{len(texts)} texts, one per first text")
     tokenizer, rows = model.tokenizer, []
     added = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     for i, text in enumerate(texts):
         fast = dict(return_offsets_mapping=True) if tokenizer.is_fast else {}
         read = tokenizer(text, second[i] if second else None, return_special_tokens_mask=True, verbose=False, **fast)
         ids, offsets = read["input_ids"], read.get("offset_mapping")
+        if model.kind == "causal" and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
+            ids, offsets = ids[:-1], offsets and offsets[:-1] # the end that some tokenizers add: a text that goes on has none
         players = [special or not s and t not in added for t, s in zip(ids, read["special_tokens_mask"])]
         if not any(players): refuse(f"texts[{i}]", repr(text), "a text of at least one token")
         if len(ids) > model.longest: refuse(f"texts[{i}]", f"{len(ids)} tokens", f"at most {model.longest}, as many as the model takes")
-        types = read.get("token_type_ids") or [0] * len(ids)
+        types = (read.get("token_type_ids") or [0] * len(ids))[:len(ids)]
         if second and offsets: # those of the second text follow the first and a line break
             offsets = [(a + len(text) + 1, b + len(text) + 1) if read.sequence_ids()[j] == 1 else (a, b) for j, (a, b) in enumerate(offsets)]
         rows.append((text + "\n" + second[i] if second else text, ids, types, players, offsets))
+    if len({len(r[1]) for r in rows}) > 1 and model.config.model_type in ("fnet", "nystromformer", "convbert"):
+        refuse("texts", "different lengths", f"one text at a time: {model.config.model_type} lets padding speak")
     shown = [_shown(tokenizer, *r) for r in rows]
     tensor = lambda values, fill, dtype: torch.nn.utils.rnn.pad_sequence([torch.tensor(v, dtype=dtype) for v in values], True, fill).to(model.device)
     pad = next(i for i in (model.config.pad_token_id, tokenizer.pad_token_id, 0) if i is not None)
@@ -149,7 +175,12 @@ def spans_of(
     by="word",     # "word", "sentence", or a list of (first character, one after the last)
 )->list:           # spans, in order
     "Where the words or sentences of a text are, or the spans given, checked."
-    if by == "word": return [m.span() for m in re.finditer(r"\w+(?:['’\-]\w+)*|[^\w\s]", text)]
+    if by == "word":
+        spans, mark = [], lambda c: unicodedata.category(c)[0] == "M" # accents and vowel signs belong to their letter
+        for a, b in (m.span() for m in re.finditer(r"\w+(?:['’\-]\w+)*|[^\w\s]", text)):
+            if spans and spans[-1][1] == a and (mark(text[a]) or mark(text[a - 1])): spans[-1] = (spans[-1][0], b)
+            else: spans.append((a, b))
+        return spans
     if by == "sentence": return [m.span() for m in re.finditer(r"\S.*?(?:[.!?…]+[\"'”’)]*(?=\s|$)|$|\n)", text)]
     if not isinstance(by, (list, tuple)): refuse("by", repr(by), '"token", "word", "sentence" or a list of spans of characters')
     spans = [tuple(map(int, s)) for s in by]
@@ -211,7 +242,7 @@ class _Passage(NamedTuple):
 def _call(model, ids, mask, types=None, x=None, **options):
     "One call of the network on tokens, their embeddings replaced by `x`."
     if model.takes_types and types is not None: options["token_type_ids"] = types
-    call = lambda: model.network(input_ids=ids, attention_mask=mask, **options)
+    call = lambda: model.network(input_ids=ids, attention_mask=mask, return_dict=True, **options)
     if x is None: return call()
     with patch({model.embedding: lambda embedded, call: x.to(embedded.dtype) if call == 0 else embedded}): return call() # a decoder may share the embedding
 
@@ -235,6 +266,7 @@ def _each(model, x, passage, score, cache=None, start=0):
     if model.kind == "encoder": return (normalize(_pool(model, _call(model, ids, mask, types, x)[0], mask), dim=-1) * wanted).sum(1, keepdim=True)
     logits, asked = _logits(model, x, passage, cache, start), wanted.clamp_min(0)
     labels = "many" if getattr(model.config, "problem_type", None) == "multi_label_classification" else "one"
+    if logits.shape[-1] == 1 and score != "logit" and labels == "one": refuse("score", repr(score), '"logit" of a model with a single output')
     return (score_of(logits, asked.to(logits.device), score, labels) * (wanted >= 0).to(logits.device)).to(ids.device)
 
 def _pool(model, hidden, mask):
@@ -242,7 +274,8 @@ def _pool(model, hidden, mask):
     weights = mask[..., None].to(hidden.device).float()
     return ((hidden * weights).sum(1) / weights.sum(1)).to(mask.device)
 
-def _total(each, score): return each.prod(1) if score == "probability" else each.sum(1)
+def _total(each, wanted, score):
+    return each.masked_fill(wanted < 0, 1).prod(1) if score == "probability" and not wanted.is_floating_point() else each.sum(1)
 
 # %% ../../../nbs/core/11_models.ipynb #Question
 class Question:
@@ -254,12 +287,12 @@ class Question:
 
     def f(self, x, *args)->Tensor:
         "The value (B,) of embeddings x (B, T, H), or of the tokens in `args` where x is None."
-        value = _total(_each(self.model, x, _Passage(*args[:5]), self.score), self.score)
+        value = _total(_each(self.model, x, _Passage(*args[:5]), self.score), args[4], self.score)
         if len(self.passages) == 1: return value
         other = _Passage(*args[5:10])
         if other.ids is args[0] or torch.equal(other.ids, args[0]): there = x # only what is wanted differs
         else: there = None if x is None else torch.where(args[10][..., None], x, self.model.embed(other.ids))
-        return value - _total(_each(self.model, there, other, self.score), self.score)
+        return value - _total(_each(self.model, there, other, self.score), other.wanted, self.score)
 
     def each(self, x, *args)->Tensor:
         "The score (B, K) of every token of a continuation, 0 where there are fewer."
@@ -290,7 +323,7 @@ def _default_absent(model):
 
 def _absent_embedding(model, absent):
     if absent == "zero": return torch.zeros(())
-    if absent == "mean": return model.embedding.weight.detach().float().mean(0)
+    if absent == "mean": return model.mean_embedding
     return model.embed(torch.tensor([_absent_id(model, absent)], device=model.device))[0]
 
 def _absent_id(model, absent):
@@ -315,9 +348,11 @@ def ask(
     "Ask a model about texts. Model calls only where there is no target (the answer is the target) or a text to compare with: one forward pass, or one generation."
     if not isinstance(texts, Texts): texts = encode(model, texts, second, special)
     rows, language = len(texts.texts), model.kind in ("causal", "masked", "encoder-decoder")
-    score = score or ("log-probability" if language else "logit")
-    if score not in SCORES: refuse("score", repr(score), f"one of {', '.join(SCORES)}")
-    targets = target if isinstance(target, list) else [target] * rows
+    if score is not None and model.kind == "encoder": refuse("score", repr(score), "None with an encoder, whose value is the cosine similarity")
+    if at is not None and model.kind not in ("masked", "token classifier"): refuse("at", repr(at), f"None with a model of kind {model.kind!r}")
+    score = score or ("cosine" if model.kind == "encoder" else "log-probability" if language else "logit")
+    if score not in (*SCORES, "cosine"): refuse("score", repr(score), f"one of {', '.join(SCORES)}")
+    targets = [_plain(t) for t in (target if isinstance(target, list) else [target] * rows)]
     if len(targets) != rows: refuse("target", f"a list of {len(targets)}", f"{rows}, one per text")
     contrast = {isinstance(t, tuple) for t in targets}
     if len(contrast) > 1: refuse("target", "contrasts for some texts only", "a pair (this, that) for every text or for none")
@@ -325,7 +360,7 @@ def ask(
     if len(sides) > 2 or any(isinstance(t, tuple) and len(t) != 2 for t in targets): refuse("target", targets[0], "a pair (this, that)")
     if model.kind in ("causal", "encoder-decoder"):
         wanted = [[_continuation(model, texts, i, t, new_tokens) for i, t in enumerate(side)] for side in sides]
-        if score == "log-odds" and max(len(w) for side in wanted for w in side) > 1: refuse("score", '"log-odds" of several tokens', "another score, or one token")
+        if score == "log-odds" and not generated and max(len(w) for side in wanted for w in side) > 1: refuse("score", '"log-odds" of several tokens', "another score, or one token")
         names = [[model.tokenizer.decode(w) for w in side] for side in wanted]
         if generated and len(sides) > 1: refuse("generated", "True with a contrast", "one continuation")
         texts, passages = _extend(model, texts, wanted, generated)
@@ -336,7 +371,13 @@ def ask(
         passages = [_Passage(texts.ids, texts.mask, texts.types, where, w) for w in wanted]
     return Question(model, texts, passages, score, [" rather than ".join(map(str, n)) for n in zip(*names)])
 
-# %% ../../../nbs/core/11_models.ipynb #_places
+# %% ../../../nbs/core/11_models.ipynb #_plain
+def _plain(target):
+    "Whole numbers of NumPy and PyTorch as those of Python, also in a pair."
+    if isinstance(target, tuple): return tuple(map(_plain, target))
+    if isinstance(target, Tensor) and not target.ndim and not target.is_floating_point(): return int(target)
+    return int(target) if isinstance(target, numbers.Integral) and not isinstance(target, bool) else target
+
 def _places(model, texts, at):
     "Where the answer is read off, (B, 1)."
     rows = len(texts.texts)
@@ -346,7 +387,8 @@ def _places(model, texts, at):
         return found.int().argmax(1, keepdim=True)
     if model.kind not in ("masked", "token classifier"): return torch.zeros(rows, 1, dtype=torch.long, device=model.device)
     at, places = at if isinstance(at, list) else [at] * rows, []
-    for i, a in enumerate(at):
+    if len(at) != rows: refuse("at", f"a list of {len(at)}", f"{rows}, one per text")
+    for i, a in enumerate(map(_plain, at)):
         own = (texts.offsets[i, :, 1] > 0 if texts.offsets is not None else texts.players[i]).nonzero()[:, 0].tolist()
         if isinstance(a, bool) or not isinstance(a, int) or not 0 <= a < len(own): refuse("at", repr(a), f"the place of a token of the text, 0 to {len(own) - 1}")
         places.append(own[a])
@@ -392,15 +434,20 @@ def _continuation(model, texts, row, target, new_tokens):
     if isinstance(target, str):
         if model.kind == "encoder-decoder": found = model.tokenizer(text_target=target)["input_ids"]
         else:
-            whole = model.tokenizer(texts.texts[row] + target, verbose=False)["input_ids"]
-            joined = whole[:len(ids)] == ids.tolist() # unless the two grow together at the seam
-            found = whole[len(ids):] if joined else model.tokenizer(target, add_special_tokens=False, verbose=False)["input_ids"]
+            found = _behind(model, texts.texts[row], ids.tolist(), target)
     elif isinstance(target, int) and not isinstance(target, bool): found = [target]
     elif isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point(): found = target.tolist()
     else: refuse("target", repr(target), "a token or continuation: a text, a token id, or a tensor of token ids")
     if not found: refuse("target", repr(target), "at least one token")
     if min(found) < 0 or max(found) >= model.config.vocab_size: refuse("target", found, f"token ids from 0 to {model.config.vocab_size - 1}")
     return found
+
+def _behind(model, text, ids, target):
+    "Ids of a continuation, as the tokenizer reads it behind the text."
+    whole, end = model.tokenizer(text + target, verbose=False)["input_ids"], model.tokenizer.eos_token
+    if whole[-1] == model.tokenizer.eos_token_id and not target.endswith(str(end)): whole = whole[:-1]
+    if whole[:len(ids)] == ids: return whole[len(ids):]
+    refuse("target", f"{target!r}, which grows together with the end of the text", "one that begins with a token of its own (a space in front of its first word, none at the end of the text), or token ids as a tensor")
 
 def _extend(model, texts, wanted, generated):
     "Continuations behind the texts, all but their last tokens, which nobody reads; and where each token is predicted."
@@ -424,13 +471,17 @@ def _with_continuation(model, texts, own, wanted):
     "The continuation as part of the text: its tokens shown, placed and made players."
     read, shown, offsets, players = [], [], texts.offsets.clone() if texts.offsets is not None else None, texts.players.clone()
     for i, (text, o, w) in enumerate(zip(texts.texts, own, wanted)):
-        pieces, before = [], model.tokenizer.decode(o)
-        for k in range(1, len(w)): # what each token adds to what is read
-            after = model.tokenizer.decode(o + w[:k])
-            pieces, before = [*pieces, after[len(before):]], after
-            place, start = len(o) + k - 1, len(text) + len("".join(pieces[:-1]))
-            players[i, place] = True
-            if offsets is not None: offsets[i, place] = torch.tensor([start, start + len(pieces[-1])])
-        read.append(text + "".join(pieces))
-        shown.append(texts.tokens[i] + [p.strip() or p for p in pieces])
+        decode, spans, start, waiting = model.tokenizer.decode, [], len(text), 0
+        shift = len(text) - len(decode(o)) # what decoding makes of the beginning does not matter
+        for k in range(1, len(w)): # what each token adds to what is read; bytes of one character share it
+            now, waiting = decode(o + w[:k]), waiting + 1
+            if now.endswith("\ufffd") and k < len(w) - 1: continue
+            end = max(start, len(now) + shift)
+            spans, start, waiting = spans + [(start, end)] * waiting, end, 0
+        whole = text + decode(o + w[:-1])[len(text) - shift:]
+        for k, (a, b) in enumerate(spans):
+            players[i, len(o) + k] = True
+            if offsets is not None: offsets[i, len(o) + k] = torch.tensor([a, b])
+        read.append(whole)
+        shown.append(texts.tokens[i] + [whole[a:b].strip() or whole[a:b] for a, b in spans])
     return texts._replace(texts=read, tokens=shown, offsets=offsets, players=players)
