@@ -17,16 +17,20 @@ from ..core.values import Chunk, check_broadcast, check_count, check_inputs, che
 # %% ../../../nbs/attribution/02_propagation.ipynb #_rescale
 _KINKED = frozenset("relu leaky_relu abs relu6 hardtanh threshold clamp clamp_min clamp_max hardshrink softshrink hardsigmoid".split()) # lines with kinks: quotients are exact
 
+def _pieces(t):
+    "Slices of rows that a processor's cache holds; everything at once on a GPU."
+    rows = max(1, len(t) if t.is_cuda else 2 ** 16 // max(1, t[0].numel()))
+    return [slice(i, min(i + rows, len(t))) for i in range(0, len(t), rows)]
+
 def _rescale(call, inputs, output, g, whole=False):
     (x,), ((x0,), y0, _), function = inputs, call.reference, call.entrywise[1] if whole else call.run
     least = 0. if output is None else torch.finfo(x.dtype).eps ** .5 # where rounding spoils the quotient more than the derivative half-way misses it
-    down, rows = torch.empty_like(x), max(1, len(x) if x.is_cuda else 2 ** 16 // x[0].numel()) # pieces that a processor's cache holds
-    steps = torch.empty_like(x[:rows])
-    for i in range(0, len(x), rows):
-        at = slice(i, min(i + rows, len(x)))
+    down, pieces = torch.empty_like(x), _pieces(x)
+    steps = torch.empty_like(x[pieces[0]])
+    for at in pieces:
         below = slice(None) if len(x0) == 1 else at
         y, base = (function(x[at]), function(x0[below])) if output is None else (output[at], y0[below])
-        step = torch.sub(x[at], x0[below], out=steps[:at.stop - i])
+        step = torch.sub(x[at], x0[below], out=steps[:at.stop - at.start])
         slope = torch.sub(y, base, out=down[at]).div_(step)
         if step.abs_().min() <= least:
             near = (step <= least).nonzero(as_tuple=True)
@@ -396,14 +400,20 @@ def _damp(epsilon, factor=1.):
         out = rules.plain(call) if len(call.inputs) == 1 else rules.accept(call)
         if not out.requires_grad: return out
         if epsilon:
-            damped = out.detach().abs()
-            damped = damped.div_(damped + epsilon).mul_(factor) # now: `out` may be changed in place later
+            z, damped = out.detach(), torch.empty_like(out)
+            for at in _pieces(z): # now: `out` may be changed in place later
+                size = torch.abs(z[at], out=damped[at])
+                size.div_(size + epsilon)
+            if factor != 1: damped.mul_(factor)
             out.register_hook(lambda g: g * damped)
         elif factor != 1: out.register_hook(lambda g: g * factor)
         return out
     return treat
 
-def _identity(call, inputs, output, g): return [g * _share(output, inputs[0], torch.finfo(g.dtype).tiny)]
+def _identity(call, inputs, output, g):
+    x, down = inputs[0], torch.empty_like(output)
+    for at in _pieces(x): torch.div(output[at], x[at], out=down[at]).nan_to_num_(0., 0., 0.).mul_(g[at]) # a zero has no relevance to hand on
+    return [down]
 
 def _constant(rules, call): return call.run(*call.inputs).detach()
 
