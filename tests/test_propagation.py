@@ -166,7 +166,7 @@ def test_operations_one_by_one():
     cases = {
         "square": lambda x: x ** 2, "pow": lambda x: x.abs() ** 1.5, "exp": torch.exp, "two to the": lambda x: 2 ** x, "gates": lambda x: x * torch.sigmoid(x.flip(1)), "in place": lambda x: torch.relu_(x * 2).mul_(3),
         "in place and again": lambda x: (h := x * 2, h.tanh_(), h + 1)[-1], "divided": lambda x: x / (1 + x.flip(2).abs()), "one over": lambda x: 1 / (2 + x.sin()), "softmax": lambda x: x.softmax(-1)[..., :2],
-        "log-softmax": lambda x: F.log_softmax(x, 1)[:, :1], "logsumexp": lambda x: x.logsumexp(2), "layer norm": lambda x: F.layer_norm(x, (4, 6))[..., 0], "group norm": lambda x: F.group_norm(x, 2, w, w)[..., 0],
+        "softmax of columns": lambda x: (h := x.transpose(0, 1), h.softmax(0)[:2].transpose(0, 1))[1], "log-softmax": lambda x: F.log_softmax(x, 1)[:, :1], "logsumexp": lambda x: x.logsumexp(2), "layer norm": lambda x: F.layer_norm(x, (4, 6))[..., 0], "group norm": lambda x: F.group_norm(x, 2, w, w)[..., 0],
         "instance norm": lambda x: F.instance_norm(x)[..., 0], "rms norm": lambda x: F.rms_norm(x, (6,))[..., 0], "normalize": lambda x: F.normalize(x, dim=-1)[..., 0], "prelu": lambda x: F.prelu(x, w), "glu": F.glu,
         "einsum": lambda x: torch.einsum("bij,bkj->bik", x, x.flip(1)), "bmm": lambda x: x @ x.mT, "baddbmm": lambda x: torch.baddbmm(x.sum(2, keepdim=True), x, x.mT), "amax": lambda x: x.amax(-1), "max": lambda x: x.max(1).values,
         "maximum": lambda x: torch.maximum(x, x.flip(1)), "pool": lambda x: F.max_pool1d(x, 2), "pool 2d": lambda x: F.max_pool2d(x[:, None], 2, 1, padding=1), "adaptive": lambda x: F.adaptive_max_pool1d(x, 2),

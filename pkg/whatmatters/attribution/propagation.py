@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['deeplift', 'deep_shap', 'lrp', 'activation_patching', 'attribution_patching', 'relp']
 
-# %% ../../../nbs/attribution/02_propagation.ipynb #d7b33696
+# %% ../../../nbs/attribution/02_propagation.ipynb #46ddd3eb
+import copy
 from functools import partial
 import torch
 from torch import Tensor
@@ -17,21 +18,42 @@ from ..core.values import Chunk, check_broadcast, check_count, check_inputs, che
 # %% ../../../nbs/attribution/02_propagation.ipynb #_rescale
 _KINKED = frozenset("relu leaky_relu abs relu6 hardtanh threshold clamp clamp_min clamp_max hardshrink softshrink hardsigmoid".split()) # lines with kinks: quotients are exact
 
+def _pieces(t, entries=None):
+    "Slices of rows that a processor's cache holds; everything at once on a GPU."
+    rows = max(1, len(t) if t.is_cuda else 2 ** 16 // max(1, entries or t[0].numel()))
+    return [slice(i, min(i + rows, len(t))) for i in range(0, len(t), rows)]
+
+def _in_pieces(rule):
+    "A rule for rows that do not know of each other, piece by piece."
+    def pieced(call, inputs, output, g):
+        scores = call.name == "scaled_dot_product_attention" and g.ndim > 2
+        if "softmax" in call.name and call.given(1, "dim") in (0, -g.ndim): pieces = [slice(None)] # these rows do know of each other
+        else: pieces = _pieces(g, inputs[0].shape[-2] * inputs[1].shape[-2] * inputs[0][0, ..., 0, 0].numel() if scores else None)
+        part, mask, parts = copy.copy(call), call.given(3, "attn_mask") if scores else None, []
+        for at in pieces:
+            cut = lambda t: t[at] if len(t) == len(g) else t
+            part.reference = [cut(t) for t in call.reference[0]], None, None
+            part.mask = cut(mask) if mask is not None and mask.ndim == g.ndim else mask
+            parts.append(rule(part, [t[at] for t in inputs], None, g[at]))
+        return parts[0] if len(parts) == 1 else [torch.cat(t) for t in zip(*parts)]
+    pieced.blind = True # none of them looks at the output
+    return pieced
+
 def _rescale(call, inputs, output, g, whole=False):
     (x,), ((x0,), y0, _), function = inputs, call.reference, call.entrywise[1] if whole else call.run
     least = 0. if output is None else torch.finfo(x.dtype).eps ** .5 # where rounding spoils the quotient more than the derivative half-way misses it
-    down, rows = torch.empty_like(x), max(1, len(x) if x.is_cuda else 2 ** 16 // x[0].numel()) # pieces that a processor's cache holds
-    steps = torch.empty_like(x[:rows])
-    for i in range(0, len(x), rows):
-        at = slice(i, min(i + rows, len(x)))
+    down, pieces, near = torch.empty_like(x), _pieces(x), []
+    steps = torch.empty_like(x[pieces[0]])
+    for at in pieces:
         below = slice(None) if len(x0) == 1 else at
         y, base = (function(x[at]), function(x0[below])) if output is None else (output[at], y0[below])
-        step = torch.sub(x[at], x0[below], out=steps[:at.stop - i])
+        step = torch.sub(x[at], x0[below], out=steps[:at.stop - at.start])
         slope = torch.sub(y, base, out=down[at]).div_(step)
-        if step.abs_().min() <= least:
-            near = (step <= least).nonzero(as_tuple=True)
-            slope[near] = _derivative(function, (x[at][near] + x0[below].expand_as(slope)[near]) / 2)
         slope.mul_(g[at])
+        if step.abs_().min() <= least: near.append((step <= least).nonzero() + torch.tensor([at.start] + [0] * (x.ndim - 1), device=x.device))
+    if near:
+        near = torch.cat(near).unbind(1)
+        down[near] = g[near] * _derivative(function, (x[near] + x0.expand_as(x)[near]) / 2)
     return [down]
 
 def _rescale_kinked(call, inputs, output, g): return _rescale(call, inputs, None, g)
@@ -65,20 +87,23 @@ def _log_mean(u, u0, p, p0):
     mean = torch.where(step.abs_() > torch.finfo(u.dtype).eps ** .5, mean, both / 2)
     return mean.masked_fill_(both == 0, 0.) # what a mask hides
 
+@_in_pieces
 def _softmax(call, inputs, output, g):
     (x,), (x0,) = inputs, call.reference[0]
     mean, dim = _mean_probability(call, x, x0, g.dtype)
     c = g * mean
     return [(c - mean * (c.sum(dim, keepdim=True) / mean.sum(dim, keepdim=True))).to(x.dtype)]
 
+@_in_pieces
 def _log_softmax(call, inputs, output, g):
     (x,), (x0,) = inputs, call.reference[0]
     mean, dim = _mean_probability(call, x, x0, g.dtype)
     return [(g - g.sum(dim, keepdim=True) * mean / mean.sum(dim, keepdim=True)).to(x.dtype)]
 
+@_in_pieces
 def _attend(call, inputs, output, g):
     q, k, v = ((t + t0) / 2 for t, t0 in zip(inputs, call.reference[0]))
-    mask, causal, scale = call.given(3, "attn_mask"), call.given(5, "is_causal", False), call.given(6, "scale") or q.shape[-1] ** -.5
+    mask, causal, scale = call.mask, call.given(5, "is_causal", False), call.given(6, "scale") or q.shape[-1] ** -.5
     w, w0 = (_scores(*qk[:2], mask, causal, scale).log_softmax(-1) for qk in (inputs, call.reference[0]))
     p, p0 = w.exp(), w0.exp()
     mean = _log_mean(w, w0, p, p0)
@@ -101,6 +126,7 @@ def _scale_of(call, x):
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     return centred, (centred.square().mean(dims, keepdim=True) + eps).rsqrt(), dims, 1. if weight is None else weight
 
+@_in_pieces
 def _normalise(call, inputs, output, g):
     (x,), (x0,) = inputs, call.reference[0]
     (c, r, dims, weight), (c0, r0, *_) = _scale_of(call, x), _scale_of(call, x0)
@@ -139,7 +165,7 @@ def _winner(call, inputs, output, g):
     return [torch.zeros_like(x).flatten(-n).scatter_add_(-1, winner, (flat(g, output) * share).to(x.dtype)).view_as(x)]
 
 # %% ../../../nbs/attribution/02_propagation.ipynb #_spelled
-for rule in (_halves, _softmax, _attend, _log_softmax, _logsumexp, _normalise): rule.blind = True # they do not look at the output
+_halves.blind = _logsumexp.blind = True
 
 def _scores(q, k, mask, causal, scale):
     scores = torch.matmul(q, k.mT) * (q.shape[-1] ** -.5 if scale is None else scale)
@@ -396,14 +422,20 @@ def _damp(epsilon, factor=1.):
         out = rules.plain(call) if len(call.inputs) == 1 else rules.accept(call)
         if not out.requires_grad: return out
         if epsilon:
-            damped = out.detach().abs()
-            damped = damped.div_(damped + epsilon).mul_(factor) # now: `out` may be changed in place later
+            z, damped = out.detach(), torch.empty_like(out)
+            for at in _pieces(z): # now: `out` may be changed in place later
+                size = torch.abs(z[at], out=damped[at])
+                size.div_(size + epsilon)
+            if factor != 1: damped.mul_(factor)
             out.register_hook(lambda g: g * damped)
         elif factor != 1: out.register_hook(lambda g: g * factor)
         return out
     return treat
 
-def _identity(call, inputs, output, g): return [g * _share(output, inputs[0], torch.finfo(g.dtype).tiny)]
+def _identity(call, inputs, output, g):
+    x, down = inputs[0], torch.empty_like(output)
+    for at in _pieces(x): torch.div(output[at], x[at], out=down[at]).nan_to_num_(0., 0., 0.).mul_(g[at]) # a zero has no relevance to hand on
+    return [down]
 
 def _constant(rules, call): return call.run(*call.inputs).detach()
 

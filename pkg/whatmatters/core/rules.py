@@ -154,13 +154,7 @@ class Rules(TorchFunctionMode):
         "The call as it is, though it is not linear: autograd's own backward pass will do."
         before = {t.grad_fn for t in call.inputs}
         out = call.func(*call.args, **call.kwargs)
-        for o in out if isinstance(out, tuple) else (out,):
-            ahead = [o.grad_fn] if o.requires_grad else []
-            while ahead:
-                node = ahead.pop()
-                if node is None or node in before or node in self.accepted: continue
-                self.accepted.add(node)
-                ahead += [n for n, _ in node.next_functions]
+        for o in out if isinstance(out, tuple) else (out,): _between(o, before, self.accepted)
         return out
 
     def node(self, call, rule, inputs=None):
@@ -171,6 +165,15 @@ class Rules(TorchFunctionMode):
         return _Node.apply(call, rule, self.tape, *inputs)
 
 # %% ../../../nbs/core/10_rules.ipynb #_about
+def _between(out, before, found):
+    "Add the nodes of a graph from `out` back to those of `before`."
+    ahead = [out.grad_fn] if out.requires_grad else []
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in before or node in found: continue
+        found.add(node)
+        ahead += [n for n, _ in node.next_functions]
+
 _KNOWN, _FREE = {}, frozenset("get dim size stride numel len is_floating_point is_complex element_size data_ptr storage_offset is_contiguous set_grad_enabled".split())
 
 def _about(func):
