@@ -131,8 +131,7 @@ class Rules(TorchFunctionMode):
             changed = call.args[0]
             call.inputs[0] = changed.clone() # what the operation sees: the original is overwritten below
         call.entrywise = entrywise(call)
-        out, entry = treat(self, call), call.entrywise
-        call.free()
+        out, entry, _ = treat(self, call), call.entrywise, call.free()
         if changed is not None: return changed.copy_(out)
         if entry is not None: out._entrywise = (*entry, out._version, entry[0]._version)
         return out
