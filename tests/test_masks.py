@@ -86,6 +86,21 @@ def test_superpixels_have_no_gaps(channels):
     assert players.shape == (1, 20, 24) and players.unique().tolist() == list(range(int(players.max()) + 1)) and players.max() > 3
 
 
+@pytest.mark.parametrize("image", [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)), (torch.linspace(0, 1, 32)[:, None] * torch.linspace(0, 1, 32)).expand(3, -1, -1)], ids=["noise", "smooth"])
+@pytest.mark.parametrize("compactness", [.1, 10.])
+def test_superpixels_do_not_melt_into_one(image, compactness):
+    pytest.importorskip("skimage")
+    for count in (16, 50): assert count / 2 <= superpixels(image, count, compactness).unique().numel() <= count
+
+
+def test_superpixels_that_cannot_be_found_are_refused():
+    pytest.importorskip("skimage")
+    with pytest.raises(ValueError, match="count: got 2, of which SLIC finds 1 in an image of 8 x 8"): superpixels(IMAGE, 2)
+    with pytest.raises(ValueError, match="count: got 500, of which SLIC finds"): superpixels(IMAGE, 500)
+    with pytest.raises(ValueError, match="compactness: got 0"): superpixels(IMAGE, 4, 0)
+    assert superpixels(IMAGE, 1).unique().tolist() == [0]
+
+
 def test_in_painting_beats_the_mean_on_smooth_images_and_keeps_what_is_there():
     line = torch.linspace(0, 3, 32)
     image = torch.stack([line.sin()[:, None] * line.cos(), line.cos()[:, None] + line.sin(), line[:, None] * line / 9])[None]

@@ -68,14 +68,19 @@ def patches(
 def superpixels(
     image:Tensor,          # (C, H, W), values in [0, 1]
     count:int,             # about how many
-    compactness:float=10., # high: square; low: they follow the colours
+    compactness:float=10., # high: square; low: they follow the colours; raised tenfold, up to six times, while fewer than half of `count` are found
 )->Tensor:                 # player of each pixel, from 0 without gaps, (1, H, W)
     "Superpixels as players, by scikit-image's SLIC (Achanta et al. 2012). No model calls."
     from skimage.segmentation import slic
     pixels = _image("image", image).movedim(0, -1).double().cpu().numpy()
     if len(image) != 3: pixels = 100 * pixels # the scale of Lab, which three channels are taken to
-    found = slic(pixels, check_count("count", count), compactness, start_label=0, channel_axis=-1)
-    return torch.from_numpy(np.unique(found, return_inverse=True)[1].reshape(1, *found.shape)).to(image.device)
+    check_count("count", count)
+    if not 0 < compactness < float("inf"): refuse("compactness", compactness, "a positive number")
+    for k in range(7): # noise and low compactness leave shreds, which SLIC then melts into one
+        found = slic(pixels, count, compactness * 10 ** k, start_label=0, channel_axis=-1)
+        players, found = np.unique(found, return_inverse=True)[1].reshape(1, *found.shape), len(np.unique(found))
+        if found >= max(count / 2, min(count, 2)): return torch.from_numpy(players).to(image.device)
+    refuse("count", f"{count}, of which SLIC finds {found} in an image of {image.shape[1]} x {image.shape[2]} pixels", "fewer for a small image, at least 4 for any")
 
 # %% ../../../nbs/attribution/04_masks.ipynb #_image
 def _image(argument, x):
