@@ -330,3 +330,19 @@ def test_a_transformers_classifier_from_a_folder(tmp_path):
     assert isinstance(loaded, Normalised) and not loaded.training
     scaled = (x - torch.tensor([.5, .4, .3]).view(3, 1, 1)) / torch.tensor([.2, .3, .4]).view(3, 1, 1)
     torch.testing.assert_close(loaded(x), network(scaled).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_only_rounding_counts_as_constant(dtype):
+    flat = sobol_indices(lambda u: (3 + 2 * torch.finfo(dtype).eps * u[:, 0]).to(dtype), 2, 4 * 64)
+    assert flat.total.tolist() == flat.first.tolist() == [0, 0]
+    far = sobol_indices(lambda u: (1 + 64 * torch.finfo(dtype).eps * u.sum(1)).to(dtype), 2, 4 * 256)
+    torch.testing.assert_close(far.total, torch.full((2,), .5, dtype=torch.float64), rtol=0, atol=.05)
+
+
+def test_a_large_mean_hides_nothing_in_double():
+    near, far = (sobol_indices(lambda u: u.sum(1) + c, 3, 5 * 256) for c in (0, 1e7))
+    torch.testing.assert_close(far.total, near.total, rtol=1e-6, atol=0)
+    assert far.total.min() > .3
+    assert sobol_indices(lambda u: torch.full((len(u),), .1, dtype=u.dtype), 3, 5 * 4096).total.tolist() == [0, 0, 0]
+    assert sobol_indices(lambda u: (u[:, 0] > .5).long() + 10 ** 7, 2, 4 * 64).total[0] > .9
