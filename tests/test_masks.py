@@ -346,3 +346,37 @@ def test_a_large_mean_hides_nothing_in_double():
     assert far.total.min() > .3
     assert sobol_indices(lambda u: torch.full((len(u),), .1, dtype=u.dtype), 3, 5 * 4096).total.tolist() == [0, 0, 0]
     assert sobol_indices(lambda u: (u[:, 0] > .5).long() + 10 ** 7, 2, 4 * 64).total[0] > .9
+
+
+CHECKPOINTS = {
+    "no state_dict": {"weights": {}},
+    "a list": [1, 2],
+    "a bare tensor": torch.zeros(3),
+    "a state_dict that is none": {"state_dict": 3},
+    "no keys": {"state_dict": {}},
+    "other keys": {"state_dict": {"module.fc.bias": torch.zeros(10)}},
+    "no stages": {"state_dict": {"linear.bias": torch.zeros(10)}},
+    "a key without a block": {"state_dict": {"layer1.": torch.zeros(1), "linear.bias": torch.zeros(10)}},
+    "some keys": {"state_dict": {k: v for k, v in CifarResNet(8).state_dict().items() if not k.startswith("layer3")}},
+}
+
+
+@pytest.mark.parametrize("what", CHECKPOINTS)
+def test_checkpoints_of_something_else_are_refused(tmp_path, what):
+    torch.save(CHECKPOINTS[what], tmp_path/"resnet8.th")
+    for source in (tmp_path, tmp_path/"resnet8.th"):
+        with pytest.raises(ValueError, match="source: got .*resnet8.th', which did not load"): load_image_model(str(source))
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 and no more"])
+def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
+    (tmp_path/"resnet20.th").write_bytes(content)
+    with pytest.raises(ValueError, match="source: got .*resnet20.th', which did not load"): load_image_model(str(tmp_path))
+
+
+def test_a_folder_is_searched_for_checkpoints_with_a_depth(tmp_path):
+    torch.save({"state_dict": CifarResNet(8, 4).state_dict()}, tmp_path/"resnet.th")
+    with pytest.raises(ValueError, match="source: got .*, which did not load"): load_image_model(str(tmp_path))
+    assert load_image_model(str(tmp_path/"resnet.th"))(torch.rand(1, 3, 32, 32)).shape == (1, 4) # named outright, it needs no depth
+    for depth in (14, 8): torch.save({"state_dict": {f"module.{k}": v for k, v in CifarResNet(depth, 4).state_dict().items()}}, tmp_path/f"resnet{depth}-1a2b.th")
+    assert len(load_image_model(str(tmp_path)).network.layer1) == 1
