@@ -86,6 +86,21 @@ def test_superpixels_have_no_gaps(channels):
     assert players.shape == (1, 20, 24) and players.unique().tolist() == list(range(int(players.max()) + 1)) and players.max() > 3
 
 
+@pytest.mark.parametrize("image", [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)), (torch.linspace(0, 1, 32)[:, None] * torch.linspace(0, 1, 32)).expand(3, -1, -1)], ids=["noise", "smooth"])
+@pytest.mark.parametrize("compactness", [.1, 10.])
+def test_superpixels_do_not_melt_into_one(image, compactness):
+    pytest.importorskip("skimage")
+    for count in (16, 50): assert count / 2 <= superpixels(image, count, compactness).unique().numel() <= count
+
+
+def test_superpixels_that_cannot_be_found_are_refused():
+    pytest.importorskip("skimage")
+    with pytest.raises(ValueError, match="count: got 2, of which SLIC finds 1 in an image of 8 x 8"): superpixels(IMAGE, 2)
+    with pytest.raises(ValueError, match="count: got 500, of which SLIC finds"): superpixels(IMAGE, 500)
+    with pytest.raises(ValueError, match="compactness: got 0"): superpixels(IMAGE, 4, 0)
+    assert superpixels(IMAGE, 1).unique().tolist() == [0]
+
+
 def test_in_painting_beats_the_mean_on_smooth_images_and_keeps_what_is_there():
     line = torch.linspace(0, 3, 32)
     image = torch.stack([line.sin()[:, None] * line.cos(), line.cos()[:, None] + line.sin(), line[:, None] * line / 9])[None]
@@ -315,3 +330,53 @@ def test_a_transformers_classifier_from_a_folder(tmp_path):
     assert isinstance(loaded, Normalised) and not loaded.training
     scaled = (x - torch.tensor([.5, .4, .3]).view(3, 1, 1)) / torch.tensor([.2, .3, .4]).view(3, 1, 1)
     torch.testing.assert_close(loaded(x), network(scaled).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_only_rounding_counts_as_constant(dtype):
+    flat = sobol_indices(lambda u: (3 + 2 * torch.finfo(dtype).eps * u[:, 0]).to(dtype), 2, 4 * 64)
+    assert flat.total.tolist() == flat.first.tolist() == [0, 0]
+    far = sobol_indices(lambda u: (1 + 64 * torch.finfo(dtype).eps * u.sum(1)).to(dtype), 2, 4 * 256)
+    torch.testing.assert_close(far.total, torch.full((2,), .5, dtype=torch.float64), rtol=0, atol=.05)
+
+
+def test_a_large_mean_hides_nothing_in_double():
+    near, far = (sobol_indices(lambda u: u.sum(1) + c, 3, 5 * 256) for c in (0, 1e7))
+    torch.testing.assert_close(far.total, near.total, rtol=1e-6, atol=0)
+    assert far.total.min() > .3
+    assert sobol_indices(lambda u: torch.full((len(u),), .1, dtype=u.dtype), 3, 5 * 4096).total.tolist() == [0, 0, 0]
+    assert sobol_indices(lambda u: (u[:, 0] > .5).long() + 10 ** 7, 2, 4 * 64).total[0] > .9
+
+
+CHECKPOINTS = {
+    "no state_dict": {"weights": {}},
+    "a list": [1, 2],
+    "a bare tensor": torch.zeros(3),
+    "a state_dict that is none": {"state_dict": 3},
+    "no keys": {"state_dict": {}},
+    "other keys": {"state_dict": {"module.fc.bias": torch.zeros(10)}},
+    "no stages": {"state_dict": {"linear.bias": torch.zeros(10)}},
+    "a key without a block": {"state_dict": {"layer1.": torch.zeros(1), "linear.bias": torch.zeros(10)}},
+    "some keys": {"state_dict": {k: v for k, v in CifarResNet(8).state_dict().items() if not k.startswith("layer3")}},
+}
+
+
+@pytest.mark.parametrize("what", CHECKPOINTS)
+def test_checkpoints_of_something_else_are_refused(tmp_path, what):
+    torch.save(CHECKPOINTS[what], tmp_path/"resnet8.th")
+    for source in (tmp_path, tmp_path/"resnet8.th"):
+        with pytest.raises(ValueError, match="source: got .*resnet8.th', which did not load"): load_image_model(str(source))
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 and no more"])
+def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
+    (tmp_path/"resnet20.th").write_bytes(content)
+    with pytest.raises(ValueError, match="source: got .*resnet20.th', which did not load"): load_image_model(str(tmp_path))
+
+
+def test_a_folder_is_searched_for_checkpoints_with_a_depth(tmp_path):
+    torch.save({"state_dict": CifarResNet(8, 4).state_dict()}, tmp_path/"resnet.th")
+    with pytest.raises(ValueError, match="source: got .*, which did not load"): load_image_model(str(tmp_path))
+    assert load_image_model(str(tmp_path/"resnet.th"))(torch.rand(1, 3, 32, 32)).shape == (1, 4) # named outright, it needs no depth
+    for depth in (14, 8): torch.save({"state_dict": {f"module.{k}": v for k, v in CifarResNet(depth, 4).state_dict().items()}}, tmp_path/f"resnet{depth}-1a2b.th")
+    assert len(load_image_model(str(tmp_path)).network.layer1) == 1

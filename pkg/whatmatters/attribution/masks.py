@@ -68,14 +68,19 @@ def patches(
 def superpixels(
     image:Tensor,          # (C, H, W), values in [0, 1]
     count:int,             # about how many
-    compactness:float=10., # high: square; low: they follow the colours
+    compactness:float=10., # high: square; low: they follow the colours; raised tenfold, up to six times, while fewer than half of `count` are found
 )->Tensor:                 # player of each pixel, from 0 without gaps, (1, H, W)
     "Superpixels as players, by scikit-image's SLIC (Achanta et al. 2012). No model calls."
     from skimage.segmentation import slic
     pixels = _image("image", image).movedim(0, -1).double().cpu().numpy()
     if len(image) != 3: pixels = 100 * pixels # the scale of Lab, which three channels are taken to
-    found = slic(pixels, check_count("count", count), compactness, start_label=0, channel_axis=-1)
-    return torch.from_numpy(np.unique(found, return_inverse=True)[1].reshape(1, *found.shape)).to(image.device)
+    check_count("count", count)
+    if not 0 < compactness < float("inf"): refuse("compactness", compactness, "a positive number")
+    for k in range(7): # noise and low compactness leave shreds, which SLIC then melts into one
+        found = slic(pixels, count, compactness * 10 ** k, start_label=0, channel_axis=-1)
+        players, found = np.unique(found, return_inverse=True)[1].reshape(1, *found.shape), len(np.unique(found))
+        if found >= max(count / 2, min(count, 2)): return torch.from_numpy(players).to(image.device)
+    refuse("count", f"{count}, of which SLIC finds {found} in an image of {image.shape[1]} x {image.shape[2]} pixels", "fewer in a small image, at least 4 in a square one")
 
 # %% ../../../nbs/attribution/04_masks.ipynb #_image
 def _image(argument, x):
@@ -298,9 +303,11 @@ def sobol_indices(
     def at(k): # call number k: A, B, or A with one column from B
         row, which = rows[k // (d + 2)], (k % (d + 2))[:, None]
         return f(torch.where((which == 1) | (which == column + 2), row[:, 1], row[:, 0]))
-    values = check_finite("f", values_of(at, torch.arange(len(rows) * (d + 2)), chunk=chunk)).double().cpu().view(scrambles, n, d + 2)
+    values = check_finite("f", values_of(at, torch.arange(len(rows) * (d + 2)), chunk=chunk))
+    eps = torch.finfo(values.dtype if values.is_floating_point() else torch.float64).eps
+    values = values.double().cpu().view(scrambles, n, d + 2)
     if more is not None: values = torch.cat([more.values, values], 1)
-    return SobolIndices(*_indices_and_errors(values, _totals[total], _firsts[first]), values.numel(), values, (d, sampler, scrambles, seed))
+    return SobolIndices(*_indices_and_errors(values, _totals[total], _firsts[first], eps), values.numel(), values, (d, sampler, scrambles, seed))
 
 # %% ../../../nbs/attribution/04_masks.ipynb #_rows
 def _rows(start, n, d, sampler, seed):
@@ -340,11 +347,11 @@ _firsts = dict(
     homma=lambda a, b, c, aa, bb, cc, ab, ac, bc: (bc - ((a + b) / 2) ** 2) / _variance(a, b, aa, bb),
     janon=lambda a, b, c, aa, bb, cc, ab, ac, bc: _correlated(b, c, bb, cc, bc))
 
-def _indices_and_errors(values, total, first):
-    "Indices of values (R, N, d + 2), and their jackknife errors over the rows (R = 1) or over the sequences."
+def _indices_and_errors(values, total, first, eps):
+    "Indices of values (R, N, d + 2), and their jackknife errors over the rows (R = 1) or over the sequences. What varies by rounding alone (`eps` of its dtype) is constant."
     centre = values[..., :2].mean()
     a, b, c = (values - centre).split([1, 1, values.shape[-1] - 2], -1)
-    if values[..., :2].std() <= 1e-7 * centre.abs(): return (torch.zeros(c.shape[-1], dtype=c.dtype),) * 4
+    if values[..., :2].max() - values[..., :2].min() <= 4 * eps * centre.abs(): return (torch.zeros(c.shape[-1], dtype=c.dtype),) * 4
     a, b = a.expand_as(c), b.expand_as(c)
     products = torch.stack([a, b, c, a * a, b * b, c * c, a * b, a * c, b * c])
     units = products[:, 0] if len(values) == 1 else products.mean(2) # (9, n, d)

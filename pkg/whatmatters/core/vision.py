@@ -6,6 +6,7 @@
 __all__ = ['Normalised', 'CifarResNet', 'load_image_model']
 
 # %% ../../../nbs/core/13_vision.ipynb #82d0468f
+import pickle
 import re
 from pathlib import Path
 import torch
@@ -61,22 +62,27 @@ class _Block(nn.Module):
 
 # %% ../../../nbs/core/13_vision.ipynb #load_image_model
 def load_image_model(
-    source:str, # hub id or folder of a transformers image classifier; a checkpoint resnet*.th of a CIFAR ResNet, or a folder of them (the shallowest is taken)
+    source:str, # hub id or folder of a transformers image classifier; a checkpoint *.th of a CIFAR ResNet, or a folder of resnet20*.th, resnet32*.th, ... (the shallowest is taken)
 )->nn.Module:   # maps images (B, C, H, W), values in [0, 1], to logits (B, K); in evaluation mode, on the CPU
     """An image classifier with its normalisation inside. Images are not resized: give them at the size that the network expects. The
     CIFAR checkpoints (github.com/akamaster/pytorch_resnet_cifar10) are read without unpickling anything but tensors."""
     path = Path(source)
-    found = [path] if path.suffix == ".th" and path.is_file() else sorted(path.glob("resnet*.th"), key=lambda p: int(re.search(r"\d+", p.name)[0])) if path.is_dir() else []
+    found = [path] if path.suffix == ".th" and path.is_file() else sorted(path.glob("resnet[0-9]*.th"), key=lambda p: int(re.search(r"\d+", p.name)[0])) if path.is_dir() else []
     return (_cifar(found[0]) if found else _transformers(str(source))).eval()
 
 # %% ../../../nbs/core/13_vision.ipynb #_cifar
 def _cifar(path):
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    blocks = len({name.split(".")[1] for name in state if name.startswith("layer1.")})
-    network = CifarResNet(6 * blocks + 2, len(state["linear.bias"]))
-    network.load_state_dict(state)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+        blocks = len({name.split(".")[1] for name in state if name.startswith("layer1.")})
+        network = CifarResNet(6 * blocks + 2, len(state["linear.bias"]))
+        network.load_state_dict(state)
+    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error: # whatever else a file may hold
+        refuse("source", f"{str(path)!r}, which did not load ({type(error).__name__}: {_first_line(error)})", "a checkpoint whose state_dict is that of a CIFAR ResNet")
     return Normalised(network, (.485, .456, .406), (.229, .224, .225)) # what they were trained with, ImageNet's
+
+def _first_line(error): return (str(error).strip().splitlines() or ["no message"])[0][:120]
 
 # %% ../../../nbs/core/13_vision.ipynb #_transformers
 def _transformers(source):
@@ -85,6 +91,7 @@ def _transformers(source):
     try:
         network = AutoModelForImageClassification.from_pretrained(source)
         options = ImageProcessingMixin.get_image_processor_dict(source)[0]
-    except (OSError, ValueError) as error: refuse("source", f"{source!r}, which did not load ({str(error).splitlines()[0][:120]})", "an image classifier on the hub or in a folder, or a folder with resnet*.th")
+    except (OSError, ValueError, ImportError) as error:
+        refuse("source", f"{source!r}, which did not load ({_first_line(error)})", "an image classifier on the hub or in a folder, or a folder with resnet20.th, resnet32.th or the like")
     plain = not options.get("do_normalize", True) or "image_mean" not in options
     return Normalised(network, *(((0.,), (1.,)) if plain else (options["image_mean"], options["image_std"])))
