@@ -105,6 +105,65 @@ def test_standard_errors_cover(name):
         assert (bias / spread * 200 ** .5).abs().max() < 4
 
 
+def cubic(count):
+    "(sum of weights - 3) ** 3, whose triples all pull the same way, and its Shapley values: each product of weights is shared equally."
+    w = torch.rand(count, generator=torch.Generator().manual_seed(0)).double()
+    rest, rest2 = w.sum() - w, (w ** 2).sum() - w ** 2
+    return (lambda m: (m.double() @ w - 3) ** 3), w ** 3 + 1.5 * (w ** 2 * rest + w * rest2) + w * (rest ** 2 - rest2) - 9 * w * (w + rest) + 27 * w
+
+
+def product(count):
+    w = torch.rand(count, generator=torch.Generator().manual_seed(0)).double()
+    value = lambda m: torch.where(m, 1 + w, 1.).prod(1)
+    return value, c.shapley(value, count).scores
+
+
+@pytest.mark.parametrize("game, count, budget", [(cubic, 30, 180), (cubic, 30, 800), (product, 14, 60), (product, 14, 120)])
+def test_errors_cover_the_bias_of_the_ridge(game, count, budget):
+    value, exact = game(count)  # more triples than pairs drawn, which all pull the same way
+    close(cubic(8)[1], c.shapley(cubic(8)[0], 8).scores, atol=1e-9)
+    runs = [c.kernel_shap(value, budget, players=count, generator=s) for s in range(40)]
+    off, said = torch.stack([r.scores - exact for r in runs]), torch.stack([r.error for r in runs])
+    assert runs[0].state["order"] == 3 and c.comb(count, 3) > budget // 2
+    assert .9 <= (off.abs() < 1.96 * said).double().mean()
+    assert (said ** 2).mean().sqrt() < 2.5 * (off ** 2).mean().sqrt()  # safe, not useless
+    assert (off ** 2).mean().sqrt() < .5 * torch.stack([c.kernel_shap(value, budget, 1, players=count, generator=s).scores - exact for s in range(10)]).pow(2).mean().sqrt()
+
+
+def test_the_order_used_is_said():
+    value = lambda m: m.double().sum(1)
+    for run in (c.kernel_shap, c.banzhaf_sampling):
+        assert [run(value, b, players=p).state["order"] for p, b in ((9, 100), (9, 512), (26, 4000), (26, 4100))] == [3, 1, 3, 1]
+        assert run(value, 100, order=1, players=9).state["order"] == 1
+        assert run(value, 150, players=9, more=run(value, 100, players=9)).state["order"] == 3
+
+
+def test_no_error_from_few_pairs_of_orders():
+    both = lambda m: m.all(1).double()
+    assert c.permutation_shapley(both, 2 + 4 * 16, players=9).error is None and c.permutation_shapley(both, 2 + 5 * 16, players=9).error is not None
+    for count in (1, 2):
+        result = c.permutation_shapley(both, 20, players=count)
+        close(result.scores, c.shapley(both, count).scores)
+        assert result.error.abs().max() == 0
+
+
+def test_windows_of_one_number():
+    assert torch.equal(c.sliding((5,), 2), c.sliding((5,), (2,))) and torch.equal(c.sliding(5, 2), c.sliding((5,), (2,)))
+    assert torch.equal(c.sliding((4, 3), 2, 2), c.sliding((4, 3), (2, 2), (2, 2)))
+
+
+def test_deep_parses():
+    words = 2000
+    tree = words - 1
+    for w in range(words - 2, -1, -1): tree = (w, tree)
+    nodes, parents = c.tree_nodes(tree, words)
+    assert nodes.shape == (2 * words - 1, words) and sorted(nodes.sum(1).tolist()) == sorted([1] * words + list(range(2, words + 1)))
+    assert (nodes[1:] & ~nodes[parents[1:]]).sum() == 0
+    again = c.tree_of_spans([(w, words) for w in range(words)], words)
+    assert all(torch.equal(a, b) for a, b in zip(c.tree_nodes(again, words), (nodes, parents)))
+    assert c.tree_of_spans([], 1) == (0,) and c.tree_of_spans([(0, 1), (1, 3)], 4) == (0, (1, 2), 3)
+
+
 def test_lime_error_is_the_spread_over_seeds():
     runs = [c.lime(table(8), 400, generator=s) for s in range(200)]
     spread, said = torch.stack([r.scores for r in runs]).std(0), torch.stack([r.error for r in runs]).mean(0)
@@ -247,12 +306,14 @@ BAD = {
     "lime": (lambda v: c.lime(v, 10), "budget: got 10; want at least 11"),
     "order": (lambda v: c.kernel_shap(v, 200, order=2), "order: got 2; want 1, 3 or None"),
     "width": (lambda v: c.lime(v, width=0), "width: got 0"),
+    "narrow": (lambda v: c.lime(v, 200, width=.001), "width: got 0.001; want a wider kernel"),
     "players": (lambda v: c.kernel_shap(v, 200, players=8), "players: got 8; want 9"),
     "unknown": (lambda v: c.kernel_shap(lambda m: v(m), 200), "players: got None"),
     "other": (lambda v: c.kernel_shap(v, 200, more=c.leave_one_out(table(9))), "more: got no result of kernel_shap"),
     "groups": (lambda v: c.occlusion(v, torch.eye(8).bool()), "groups: got torch.bool of shape .8, 8."),
     "parse": (lambda v: c.ls_tree(v, (0, 1)), "tree: got words .0, 1., .2, 3, 4, 5, 6, 7, 8. missing"),
     "window": (lambda v: c.sliding((3, 3), (2,)), "window: got 1 dimensions"),
+    "half a window": (lambda v: c.sliding((5,), 0), "window: got 0"),
 }
 
 

@@ -96,12 +96,12 @@ def leave_one_out(
 # %% ../../../nbs/attribution/03_coalitions.ipynb #sliding
 def sliding(
     shape,    # of the players, such as (words,) or (height, width)
-    window,   # players that leave together, per dimension
+    window,   # players that leave together: a number, or one per dimension
     stride=1, # step from one window to the next: a number, or one per dimension; the last windows are cut at the edge
 )->Tensor:    # groups for `occlusion`, boolean (G, players)
     "Windows that slide over players in a row or a grid. No model calls."
-    shape, window = tuple(shape), tuple(window)
-    stride = (stride,) * len(shape) if isinstance(stride, int) else tuple(stride)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    window, stride = ((t,) * len(shape) if isinstance(t, int) else tuple(t) for t in (window, stride))
     if not len(shape) == len(window) == len(stride): refuse("window", f"{len(window)} dimensions and {len(stride)} strides", f"{len(shape)} of both, as in the shape {shape}")
     for name, sizes in (("shape", shape), ("window", window), ("stride", stride)): [check_count(name, s) for s in sizes]
     groups = torch.ones(1, 1, dtype=torch.bool)
@@ -201,8 +201,9 @@ def permutation_shapley(
     players:int|None=None, # number of players; None: what `value.players` says
     generator=None,        # generator or seed; None: seed 0
     more:Attribution|None=None, # earlier result to go on from
-)->Attribution:            # scores (P,), which sum to v(all) - v(nobody); no error from a single pair
-    "Shapley values from antithetic orders (Castro et al. 2009; Mitchell et al. 2022, arXiv:2104.12199)."
+)->Attribution:            # scores (P,), which sum to v(all) - v(nobody); error: None from fewer than 5 pairs of orders, budgets below 2 + 10 (P - 1)
+    """Shapley values from antithetic orders (Castro et al. 2009; Mitchell et al. 2022, arXiv:2104.12199). `budget` model calls at most. The error is the spread of the pairs of orders: from fewer than
+    five it is not given, and from few it may be zero by chance, where no order drawn happened to show that a player matters."""
     of = ("permutation_shapley",)
     count, seed = _begin(of, value, players, budget, lambda n: 2 + 2 * (n - 1), generator, more)
     draw, pairs = torch.Generator().manual_seed(seed), (budget - 2) // (2 * (count - 1)) if count > 1 else 1
@@ -215,7 +216,7 @@ def permutation_shapley(
     stages = v[2:].view(pairs, 2, count - 1)
     path = torch.cat([v[0].expand(pairs, 2, 1), stages, v[1].expand(pairs, 2, 1)], 2)
     added = path.diff(dim=2).gather(2, place).mean(1) # (pairs, players)
-    error = added.std(0) / pairs ** .5 if pairs > 1 else None
+    error = torch.zeros(count) if count <= 2 else added.std(0) / pairs ** .5 if pairs >= 5 else None # a pair of orders of two players is all there are
     return _give(state["values"], added.mean(0), error, base=float(v[0]), calls=len(v), state=state)
 
 # %% ../../../nbs/attribution/03_coalitions.ipynb #_pairs
@@ -262,7 +263,7 @@ def _regress(halves, u, weights, left, total, order):
     q, r = torch.linalg.qr(z @ basis * root[:, None] / 2)
     y = (u - z @ start / 2) * root
     rest = y - q @ (q.T @ y)
-    map_, lever = q.T, (q ** 2).sum(1)
+    map_, lever, bias = q.T, (q ** 2).sum(1), 0.
     if order == 3:
         directions, strength, cross = _triples(z, root, q, total is not None)
         along = directions.T @ rest
@@ -270,8 +271,11 @@ def _regress(halves, u, weights, left, total, order):
         kept = strength / (strength + ridge)
         rest, lever = rest - directions @ (kept * along), lever + directions ** 2 @ kept
         map_ = map_ - cross @ directions / (strength + ridge) @ directions.T
-    map_ = basis @ torch.linalg.solve_triangular(r, map_, upper=True) # the slopes are linear in y
-    return start + map_ @ y, (left * (map_ * rest / (1 - lever).clamp_min(1e-9)) ** 2).sum(1).sqrt()
+    slopes = lambda t: basis @ torch.linalg.solve_triangular(r, t, upper=True)
+    held_out = rest / (1 - lever).clamp_min(1e-9) # what is left of each pair when it has no part in the fit
+    if order == 3: bias = slopes(q.T @ (left.sqrt() * held_out)[:, None])[:, 0] # what order 1 would still find in it
+    map_ = slopes(map_) # the scores are linear in y
+    return start + map_ @ y, ((left * (map_ * held_out) ** 2).sum(1) + bias ** 2).sqrt()
 
 def _triples(z, root, q, centred):
     "Directions in which triples of players move the rows beyond the single players, how strongly, and their overlap with these."
@@ -283,7 +287,8 @@ def _triples(z, root, q, centred):
         psi *= root[:, None]
         strength, turn = torch.linalg.eigh(outside(psi).T @ outside(psi))
         directions, cross = outside(psi) @ turn, (q.T @ psi) @ psi.T
-    else: # the same from the inner products of the rows, which have a closed form
+    else: # the same from the inner products of the rows. With x = z z', of entries +-1, the sum of x_i x_j x_k over triples is (p1 ** 3 - 3 p1 p2 + 2 p3) / 6, p power sums:
+        # p1 = p3 = both, p2 = count. A player is in comb(count - 1, 2) triples, two players in count - 2; the rest of a player's triples is e2 of the others, (sum ** 2 - (count - 1)) / 2
         both, sums = z @ z.T, z.sum(1)
         k = (both ** 3 - 3 * both * count + 2 * both) / 6
         if centred:
@@ -313,12 +318,13 @@ def _order(order, count, pairs):
 def kernel_shap(
     value,                 # value function over masks
     budget:int,            # model calls in all, those of `more` included; at least about 3 P
-    order:int|None=None,   # 1: kernel SHAP; 3: with triples too; None: 3 where that is cheap, which is up to 2,000 triples or pairs of coalitions
+    order:int|None=None,   # 1: kernel SHAP; 3: with triples too; None: 3, but 1 above 2,000 triples and 2,000 pairs of coalitions, where that would be dear
     players:int|None=None, # number of players; None: what `value.players` says
     generator=None,        # generator or seed; None: seed 0
     more:Attribution|None=None, # earlier result to go on from
 )->Attribution:            # scores (P,), which sum to v(all) - v(nobody); exact where the budget covers all 2 ** P coalitions
-    "Kernel SHAP (Lundberg & Lee 2017, arXiv:1705.07874) on pairs without replacement (Covert & Lee 2021, arXiv:2012.01536; sizes: Musco & Witter 2024, arXiv:2410.01917), adjusted for triples. `budget` model calls, and one solve."
+    """Kernel SHAP (Lundberg & Lee 2017, arXiv:1705.07874) on pairs without replacement (Covert & Lee 2021, arXiv:2012.01536; sizes: Musco & Witter 2024, arXiv:2410.01917), adjusted for triples.
+    `order=None` switches from 3 to 1 where both the triples and the pairs drawn are more than 2,000; `state["order"]` says which it was. `budget` model calls, and one solve."""
     of, everything = ("kernel_shap", order), lambda n: 2 ** (n - 1) - 1 # pairs besides the two ends
     _order(order, 1, 1)
     least = lambda n: 2 + 2 * (min(everything(n), _number(n, 1) + n // 2 - 1) if n > 1 else 0)
@@ -328,12 +334,12 @@ def kernel_shap(
     ends = torch.tensor([[False], [True]]).expand(2, count)
     v, state = _go(of, value, torch.cat([ends, torch.stack([halves, ~halves], 1).view(-1, count)]), seed, more)
     total, done = v[1] - v[0], dict(base=float(v[0]), calls=len(v), state=state)
+    order = state["order"] = 1 if pairs == everything(count) else _order(order, count, pairs)
     if count == 1: return _give(state["values"], total[None], torch.zeros(1), **done)
     drawn = sizes.bincount(minlength=count // 2 + 1).double()
     share = torch.tensor([1.] + [int(d) / _number(count, s) for s, d in enumerate(drawn.tolist()) if s], dtype=torch.float64)
     half = torch.where(2 * sizes == count, .5, 1.).double()
     weights = half / (drawn[sizes] * sizes * (count - sizes)) # the kernel, by how many stand for their size
-    order = 1 if pairs == everything(count) else _order(order, count, pairs)
     scores, error = _regress(halves, (v[2::2] - v[3::2]) / 2, weights, 1 - share[sizes], total, order)
     return _give(state["values"], scores, error, **done)
 
@@ -341,7 +347,7 @@ def kernel_shap(
 def banzhaf_sampling(
     value,                 # value function over masks
     budget:int,            # model calls in all, those of `more` included; at least 4 P
-    order:int|None=None,   # 1: single players; 3: triples too; None: 3 where that is cheap, as in `kernel_shap`
+    order:int|None=None,   # 1: single players; 3: triples too; None: one of the two, as in `kernel_shap`; `state["order"]` says which
     players:int|None=None, # number of players; None: what `value.players` says
     generator=None,        # generator or seed; None: seed 0
     more:Attribution|None=None, # earlier result to go on from
@@ -357,7 +363,7 @@ def banzhaf_sampling(
         while len(seen) < pairs: seen.setdefault((torch.rand(count - 1, generator=draw) < .5).numpy().tobytes() + b"\0")
         halves = torch.frombuffer(bytearray(b"".join(seen)), dtype=torch.bool).view(pairs, count)
     v, state = _go(of, value, torch.stack([halves, ~halves], 1).view(-1, count), seed, more)
-    order = 1 if pairs == everything(count) else _order(order, count, pairs)
+    order = state["order"] = 1 if pairs == everything(count) else _order(order, count, pairs)
     left = torch.full((pairs,), 1 - pairs / everything(count), dtype=torch.float64)
     scores, error = _regress(halves, (v[::2] - v[1::2]) / 2, torch.ones(pairs, dtype=torch.float64), left, None, order)
     return _give(state["values"], scores, error, calls=len(v), state=state)
@@ -380,9 +386,10 @@ def lime(
     draw = torch.Generator().manual_seed(seed)
     order, absent = zip(*((torch.randperm(count, generator=draw), torch.randint(1, count + 1, (), generator=draw)) for _ in range(budget - 1)))
     masks = torch.cat([torch.ones(1, count, dtype=torch.bool), torch.stack(order) >= torch.stack(absent)[:, None]])
-    v, state = _go(of, value, masks, seed, more)
     present = masks.double()
     weights = torch.exp(-((1 - present.mean(1).sqrt()) / width) ** 2)
+    if weights[1:].max() < torch.finfo(weights.dtype).eps: refuse("width", width, "a wider kernel: beside the whole input, no coalition drawn has a weight above zero")
+    v, state = _go(of, value, masks, seed, more)
     middle = lambda t: weights @ t / weights.sum()
     centred = present - middle(present)
     inverse = torch.linalg.pinv((centred * weights[:, None]).T @ centred + ridge * torch.eye(count, dtype=torch.float64), hermitian=True)
@@ -398,23 +405,23 @@ def tree_nodes(
     words:int, # number of words
 )->tuple[Tensor, Tensor]: # nodes as masks, boolean (N, words), parents before children, the root first; and the parent of each (N,), -1 for the root
     "The constituents of a parse. A node with a single child counts once. No model calls."
-    masks, parents = [], []
-    def visit(node, parent):
+    leaves, parents, open_ = {}, [], [(tree, -1)] # leaves: words of each node of a single word; no recursion, as a parse may be deep
+    while open_:
+        node, parent = open_.pop()
         while isinstance(node, (list, tuple)) and len(node) == 1: node = node[0]
         if isinstance(node, (list, tuple)) and not node: refuse("tree", "an empty constituent", "at least one word in each")
         if not isinstance(node, (list, tuple)) and (isinstance(node, bool) or not isinstance(node, int)): refuse("tree", repr(node), "nested lists of whole numbers, one per word")
-        here = len(masks)
-        masks.append(set()), parents.append(parent)
-        masks[here].update([node] if isinstance(node, int) else [w for child in node for w in visit(child, here)])
-        leaves.extend([node] if isinstance(node, int) else [])
-        return masks[here]
-    leaves = []
-    visit(tree, -1)
-    if sorted(leaves) != list(range(words)):
-        twice, missing = {w for w in leaves if leaves.count(w) > 1}, sorted(set(range(words)) - set(leaves))
-        refuse("tree", f"words {sorted(leaves)}" + (f", {sorted(twice)} more than once" if twice else "") + (f", {missing} missing" if missing else ""), f"each of the words 0 to {words - 1} once")
-    nodes = torch.zeros(len(masks), words, dtype=torch.bool)
-    for row, members in zip(nodes, masks): row[list(members)] = True
+        here = len(parents)
+        parents.append(parent)
+        if isinstance(node, int): leaves[here] = node
+        else: open_.extend((child, here) for child in reversed(node))
+    found = sorted(leaves.values())
+    if found != list(range(words)):
+        twice, missing = {a for a, b in zip(found, found[1:]) if a == b}, sorted(set(range(words)) - set(found))
+        refuse("tree", f"words {found}" + (f", {sorted(twice)} more than once" if twice else "") + (f", {missing} missing" if missing else ""), f"each of the words 0 to {words - 1} once")
+    nodes = torch.zeros(len(parents), words, dtype=torch.bool)
+    nodes[list(leaves), list(leaves.values())] = True
+    for here in range(len(parents) - 1, 0, -1): nodes[parents[here]] |= nodes[here] # children come after their parents
     return nodes, torch.tensor(parents)
 
 # %% ../../../nbs/attribution/03_coalitions.ipynb #tree_of_spans
@@ -428,14 +435,15 @@ def tree_of_spans(
         if not 0 <= a < b <= words: refuse("spans", (a, b), f"0 <= start < end <= {words}")
         cross = next(((c, d) for c, d in spans if a < c < b < d), None)
         if cross: refuse("spans", f"{(a, b)} and {cross}, which cross", "constituents that are nested or apart")
-    def build(a, b):
-        inside, children, at = sorted((s for s in spans if a <= s[0] and s[1] <= b and s != (a, b)), key=lambda s: (s[0], -s[1])), [], a
+    widest = {} # by start: the end and the tree of the widest constituent so far, which the next wider one takes whole
+    for a, b in sorted((s for s in spans if s[1] - s[0] > 1 or words == 1), key=lambda s: s[1] - s[0]):
+        children, at = [], a
         while at < b:
-            child = next((s for s in inside if s[0] == at), (at, at + 1))
-            children.append(build(*child) if child[1] - child[0] > 1 else at)
-            at = child[1]
-        return tuple(children)
-    return build(0, words)
+            end, child = widest.get(at, (at + 1, at))
+            children.append(child)
+            at = end
+        widest[a] = b, tuple(children)
+    return widest[0][1]
 
 # %% ../../../nbs/attribution/03_coalitions.ipynb #ls_tree
 def ls_tree(
