@@ -277,6 +277,7 @@ def _regress(halves, u, weights, left, total, order):
     map_ = slopes(map_) # the scores are linear in y
     return start + map_ @ y, ((left * (map_ * held_out) ** 2).sum(1) + bias ** 2).sqrt()
 
+# %% ../../../nbs/attribution/03_coalitions.ipynb #_triples
 def _triples(z, root, q, centred):
     "Directions in which triples of players move the rows beyond the single players, how strongly, and their overlap with these."
     (n, count), outside = z.shape, lambda a: a - q @ (q.T @ a)
