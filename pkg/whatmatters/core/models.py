@@ -95,13 +95,12 @@ def load_model(
         if tokenizer is None: refuse("tokenizer", None, "that of the loaded model")
         return Model(source, tokenizer, kind, pooling or "mean")
     if kind is not None and kind not in AUTO: refuse("kind", repr(kind), f"one of {', '.join(AUTO)}")
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        kind = kind or kind_of((config.architectures or [""])[0])
-        network = getattr(transformers, AUTO[kind]).from_pretrained(source, **options).eval().requires_grad_(False)
-        tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ImportError) as error:
-        refuse("source", f"{str(source)!r}, which did not load ({str(error).strip().splitlines()[0][:160]})", "a folder with a model and its tokenizer, or a hub id that this machine reaches")
+    def loaded(what, **given):
+        try: return getattr(transformers, what).from_pretrained(source, **given)
+        except (OSError, ImportError, ValueError) as error:
+            refuse("source", f"{str(source)!r}, which did not load ({str(error).strip().splitlines()[0][:160]})", "a folder with a model and its tokenizer, or a hub id that this machine reaches")
+    kind = kind or kind_of((loaded("AutoConfig").architectures or [""])[0])
+    network, tokenizer = loaded(AUTO[kind], **options).eval().requires_grad_(False), tokenizer or loaded("AutoTokenizer")
     return Model(network, tokenizer, kind, pooling or (_pooling(source) if kind == "encoder" else "mean"))
 
 def _pooling(source):
