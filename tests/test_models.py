@@ -148,6 +148,7 @@ def test_a_real_sentence_encoder(minilm):
     from sentence_transformers import SentenceTransformer
     peer = SentenceTransformer(minilm, device="cpu").encode(a + b, normalize_embeddings=True, convert_to_tensor=True)
     torch.testing.assert_close(question.f(question.x, *question.args), (peer[:2] * peer[2:]).sum(1), atol=1e-5, rtol=1e-4)
+    for method in ("gradient", "DeepLIFT", "LRP", "SmoothGrad", "leave-one-out"): assert explain(model, a, b, method)[0].scores.isfinite().all()
     answer = explain(model, a[0], target=b[0], steps=64)
     assert abs(answer.error) < .01 and {"guitar", "playing"} & set(sorted(zip(answer.scores.tolist(), answer.tokens), reverse=True)[i][1] for i in range(2))
 

@@ -235,8 +235,8 @@ def explain(
     if not isinstance(text, str) and (not isinstance(text, (list, tuple)) or not text): refuse("text", repr(text), "a text or a list of texts")
     if method in TOKENS and by != "token": refuse("by", repr(by), f'"token" with {method}, which scores tokens; `.words()` or `.spans(...)` of the result add them up')
     if absent is not None and method in TOKENS and method not in ABSENT: refuse("absent", repr(absent), f"None with {method}")
-    if method == "LRP": score = score or "logit" # relevance does not pass the softmax of a probability
     model, chunk = model if isinstance(model, Model) else load_model(model), check_count("chunk", chunk)
+    if method == "LRP" and model.kind != "encoder": score = score or "logit" # relevance does not pass the softmax of a probability
     if generation or not isinstance(text, str) and method in DRAWN: # one by one
         texts, pick = [text] if isinstance(text, str) else text, lambda v, i: v[i] if isinstance(v, list) else v
         if isinstance(target, list) and len(target) != len(texts): refuse("target", f"a list of {len(target)}", f"{len(texts)}, one per text")
