@@ -33,7 +33,6 @@ TEXTS = ["the film was not very good .", "awful story", "a girl named lily told 
 def tiny(name, ending, options, **more):
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**WIDE, **options, **more})
-    if getattr(config, "_attn_implementation", None) and name == "ModernBert": config.reference_compile = False
     return getattr(transformers, f"{name}{ending}")(config).eval()
 
 
@@ -100,7 +99,7 @@ def test_half_precision_and_a_device_map(tmp_path):
         model = load_model(tmp_path, **options)
         assert model.kind == "causal" and model.network.dtype == torch.bfloat16
         assert torch.nn.functional.cosine_similarity(explain(model, TEXTS[0], " great", method="input x gradient").scores, full.scores, dim=0) > .98
-        assert (explain(model, TEXTS[0], " great", method="leave-one-out").value - full.value) < .1
+        assert abs(explain(model, TEXTS[0], " great", method="leave-one-out").value - full.value) < .1
 
 
 def test_layers_and_propagation_explain_the_same_question():

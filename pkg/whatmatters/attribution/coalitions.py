@@ -13,7 +13,7 @@ from math import comb
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..core.values import check_count, check_finite, refuse, seeded, values_of
+from ..core.values import check_count, check_finite, refuse, seed_of, values_of
 
 # %% ../../../nbs/attribution/03_coalitions.ipynb #background_value
 def background_value(
@@ -181,7 +181,7 @@ def _begin(of, value, players, budget, least, generator, more):
     count = _players(value, players)
     check_count("budget", budget)
     if budget < least(count): refuse("budget", budget, f"at least {least(count)} model calls for {count} players")
-    if more is None: return count, int(torch.randint(2 ** 62, (), generator=(g := seeded(generator)), device=g.device))
+    if more is None: return count, seed_of(generator)
     if not isinstance(more, Attribution) or "seed" not in (more.state or {}) or more.state["of"] != of: refuse("more", f"no result of {of[0]} with the same options", f"an earlier result of {of}")
     if len(more.scores) != count: refuse("more", f"a result for {len(more.scores)} players", f"one for {count}")
     if generator is not None: refuse("generator", "one beside `more`", "None: the earlier result goes on with its own draws")

@@ -171,16 +171,16 @@ def _matrix(question, method, steps, chunk, absent):
     return values, scores[:, playing], None
 
 # %% ../../../nbs/attribution/06_explain.ipynb #_by_gradient
-def _by_gradient(attribute, question, absent, chunk, options):
+def _by_gradient(attribute, question, values, absent, chunk, options):
     more = dict(baseline=question.baseline(absent), return_error=True) if attribute in (integrated_gradients, deeplift) else {}
     if attribute is integrated_gradients and not {"steps", "tolerance"} & set(options):
-        ends = [values_of(question.f, x, question.args, chunk) for x in (question.x, more["baseline"])]
-        options = {**options, "tolerance": .01 * (ends[0] - ends[1]).abs().clamp_min(1e-3)}
+        difference = values - values_of(question.f, more["baseline"], question.args, chunk)
+        options = {**options, "tolerance": .01 * difference.abs().clamp_min(1e-3)}
     scores = attribute(question.f, question.x, args=question.args, chunk=chunk, **more, **options)
     scores, error = scores if more else (scores, None)
     return scores.norm(dim=-1) if attribute is gradient else scores.sum(-1), error
 
-def _by_attention(combine, question, absent, chunk, options):
+def _by_attention(combine, question, values, absent, chunk, options):
     model, passage, rows = question.model, question.passages[0], []
     if model.network.config._attn_implementation != "eager": refuse("model", f"attention by {model.network.config._attn_implementation!r}, which gives no weights", 'one loaded with attn_implementation="eager"')
     # transformers leaves the hooks that collect attention on the network; they do nothing in other calls
@@ -191,10 +191,10 @@ def _by_attention(combine, question, absent, chunk, options):
     where = passage.where[:, 0] if model.kind != "classifier" else last if "score" in dict(model.network.named_children()) else last * 0
     return read[torch.arange(len(read), device=read.device), where], None
 
-def _by_learned_mask(question, absent, chunk, options):
+def _by_learned_mask(question, values, absent, chunk, options):
     return learned_mask(question.logits, question.x, question.baseline(absent), question.texts.players, args=question.args, chunk=chunk, **options).scores, None
 
-def _by_reagent(question, absent, chunk, options):
+def _by_reagent(question, values, absent, chunk, options):
     model, passage = question.model, question.passages[0]
     replace = options.pop("replace", None) or draw_tokens(torch.ones(model.config.vocab_size))
     rest = lambda m: [t.expand(m, *t.shape[1:]) for t in passage[1:]]
@@ -247,7 +247,7 @@ def explain(
         _check_question(question, method)
         values = values_of(lambda rows, *args: question.f(None, *args), question.x, question.args, chunk)
         if not values.isfinite().all(): refuse("model", "values that are NaN or infinite", "finite outputs for the texts as they are")
-        if method in TOKENS: scores, errors = TOKENS[method](question, absent, chunk, options)
+        if method in TOKENS: scores, errors = TOKENS[method](question, values, absent, chunk, options)
         found = [_of_tokens(question, i, question.token_scores(scores)[i], method, v, errors) if method in TOKENS else _of_players(question, i, method, v, by, absent, chunk, options)
                  for i, v in enumerate(values.tolist())]
     return found[0] if isinstance(text, str) else found

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, pad
-from ..core.values import Chunk, check_broadcast, check_count, check_finite, check_inputs, refuse, seeded, values_of
+from ..core.values import Chunk, check_broadcast, check_count, check_finite, check_inputs, refuse, seed_of, seeded, values_of
 
 # %% ../../../nbs/attribution/04_masks.ipynb #pasted
 def pasted(
@@ -224,7 +224,7 @@ def rise(
     key = ("rise", tuple(x.shape), cells, p)
     if more is not None and (not isinstance(more.state, tuple) or more.state[0] != key): refuse("more", "a result of other settings", "an earlier result with the same shape, cells and p")
     wide = torch.float32 if x.device.type == "mps" else torch.float64
-    seed, sums = (_seed(generator), [torch.zeros(n, h * w, dtype=wide, device=x.device) for n in (2, 3)]) if more is None else (more.state[1], [s.clone() for s in more.state[2]])
+    seed, sums = (seed_of(generator), [torch.zeros(n, h * w, dtype=wide, device=x.device) for n in (2, 3)]) if more is None else (more.state[1], [s.clone() for s in more.state[2]])
     start = 0 if more is None else more.calls
     def step(rows):
         masks = _random_masks(seed, start + rows.start, min(start + rows.stop, start + budget), cells, p, h, w, x.device)
@@ -245,10 +245,6 @@ def _rise_map(first, second, n, p, estimator):
     if estimator == "plain": return vm / p, (variance.clamp_min(0) / (n - 1)).sqrt() / p
     slope = torch.where(spread > 0, covariance / spread.clamp_min(1e-12), 0)
     return (vm - slope * (m - p)) / p, ((variance - slope * covariance).clamp_min(0) / max(n - 2, 1)).sqrt() / p
-
-def _seed(generator):
-    generator = seeded(generator)
-    return int(torch.randint(2 ** 62, (), generator=generator, device=generator.device))
 
 # %% ../../../nbs/attribution/04_masks.ipynb #_random_masks
 BLOCK = 256 # masks drawn at a time, each block from a seed of its own
@@ -296,7 +292,7 @@ def sobol_indices(
     least = scrambles * (d + 2) * (2 if more is None else 1)
     if check_count("budget", budget) < least: refuse("budget", budget, f"at least {least} = scrambles * (d + 2){' * 2 rows' if more is None else ''}")
     if more is not None and more.settings[:3] != (d, sampler, scrambles): refuse("more", f"a result with (d, sampler, scrambles) = {more.settings[:3]}", (d, sampler, scrambles))
-    seed = _seed(generator) if more is None else more.settings[3]
+    seed = seed_of(generator) if more is None else more.settings[3]
     done, n = 0 if more is None else more.values.shape[1], budget // (scrambles * (d + 2))
     rows = torch.cat([_rows(done, n, d, sampler, seed + s) for s in range(scrambles)])
     column = torch.arange(d)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from .hooks import patch
-from .values import Chunk, check_count, check_finite, refuse, seeded
+from .values import check_count, refuse
 
 # %% ../../../nbs/core/11_models.ipynb #kind_of
 KINDS = {"classifier": "ForSequenceClassification", "token classifier": "ForTokenClassification", "masked": "ForMaskedLM", "encoder-decoder": ("ForConditionalGeneration", "MTModel"),
@@ -61,7 +61,7 @@ class Model:
     @property
     def device(self): return self.embedding.weight.device
 
-    @property
+    @cached_property
     def longest(self)->float:
         "The longest text in tokens."
         positions = getattr(self.config, "max_position_embeddings", None) or float("inf")
@@ -432,8 +432,7 @@ def _continuation(model, texts, row, target, new_tokens):
         return made[0, 1 if model.kind == "encoder-decoder" else len(ids):].tolist()
     if isinstance(target, str):
         if model.kind == "encoder-decoder": found = model.tokenizer(text_target=target)["input_ids"]
-        else:
-            found = _behind(model, texts.texts[row], ids.tolist(), target)
+        else: found = _behind(model, texts.texts[row], ids.tolist(), target)
     elif isinstance(target, int) and not isinstance(target, bool): found = [target]
     elif isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point(): found = target.tolist()
     else: refuse("target", repr(target), "a token or continuation: a text, a token id, or a tensor of token ids")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['refuse', 'check_finite', 'check_count', 'check_inputs', 'check_shape', 'check_rows', 'check_broadcast', 'seeded',
-           'normal_like', 'Chunk', 'out_of_memory', 'values_of', 'values_and_gradients', 'count_calls', 'class_value',
-           'without', 'mask_value']
+           'seed_of', 'normal_like', 'Chunk', 'out_of_memory', 'values_of', 'values_and_gradients', 'count_calls',
+           'class_value', 'without', 'mask_value']
 
 # %% ../../../nbs/core/00_values.ipynb #cf068fd0
 import numbers
@@ -93,6 +93,14 @@ def seeded(
     "A generator to draw from: the one given, or a new one."
     if isinstance(generator, torch.Generator): return generator
     return torch.Generator(device).manual_seed(generator or 0)
+
+# %% ../../../nbs/core/00_values.ipynb #seed_of
+def seed_of(
+    generator:torch.Generator|int|None=None, # a generator, a seed, or None for seed 0
+)->int:                                      # a seed
+    "A seed drawn once: what a run that may go on later makes its own generators from."
+    generator = seeded(generator)
+    return int(torch.randint(2 ** 62, (), generator=generator, device=generator.device))
 
 # %% ../../../nbs/core/00_values.ipynb #normal_like
 def normal_like(
