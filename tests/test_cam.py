@@ -73,7 +73,9 @@ def test_grad_cam_plus_plus_by_its_derivatives(net, x, eps):
     close(found, wanted.float())
 
 
-def test_eigen_cam_is_the_first_component(net, x):
+@pytest.mark.parametrize("places", ["many", "few"])
+def test_eigen_cam_is_the_first_component(net, x, places):
+    if places == "few": x = x[:, :, :9, :11]
     found = cam.eigen_cam(class_value(net), x, net.layer, args=(CLASSES,), raw=True)
     for h, m in zip(parts(net, x, CLASSES)[0].double().numpy(), found.numpy()):
         centred = h.reshape(12, -1).T - h.reshape(12, -1).mean(1)
@@ -166,6 +168,17 @@ def test_nothing_is_left_behind(net, x, method):
     assert not hooks(net) and torch.is_grad_enabled() and all(torch.equal(p, before[n]) and p.grad is None for n, p in net.named_parameters())
 
 
+def test_the_last_layer_with_places(net, x):
+    from transformers import ResNetConfig, ResNetForImageClassification
+    assert cam.map_layer(net, x) == "layer" and not hooks(net)
+    resnet = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)).eval().requires_grad_(False)
+    images = torch.rand(2, 3, 32, 32)
+    name = cam.map_layer(resnet, images)
+    assert name.endswith("stages.1")
+    maps = cam.grad_cam(class_value(lambda x: resnet(x).logits), images, module_of(resnet, name), args=(CLASSES[:2],), raw=True)
+    close(maps, captum.attr.LayerGradCam(lambda x: resnet(x).logits, module_of(resnet, name)).attribute(images, target=CLASSES[:2]).detach(), 1e-4)
+
+
 @named
 def test_bfloat16_follows_single_precision(net, x, method):
     f, half = class_value(net), Net().eval().requires_grad_(False)
@@ -176,6 +189,8 @@ def test_bfloat16_follows_single_precision(net, x, method):
     wanted = method(f, x, net.layer, args=(CLASSES,), raw=True)
     alike = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] for a, b in zip(found, wanted)]
     assert torch.stack(alike).median() > .95, alike
+    scales = cam.multi_scale(lambda x, c: method(class_value(half), x, half.layer, args=(c,)), x.bfloat16(), args=(CLASSES,))
+    assert scales.dtype == torch.float32 and scales.isfinite().all()
 
 
 def test_a_flat_map_is_zero(net, x):

@@ -135,11 +135,14 @@ def eigen_cam(
 )->Tensor:     # maps, (B, 1, H, W), in [0, 1]; the same for every class
     "Eigen-CAM: the first principal component of the activations (Muhammad and Yeasin 2020, arXiv:2008.00299). One forward pass as far as the layer."
     def rule(h, *_):
-        places = h.flatten(2).mT
-        places = places - places.mean(1, keepdim=True)
-        part = (places * torch.linalg.svd(places, full_matrices=False).Vh[:, :1]).sum(2)
-        part = part * torch.where((part * h.flatten(2).mean(1)).sum(1, keepdim=True) < 0, -1, 1)
-        return part.view(len(h), 1, *h.shape[2:])
+        places = h.flatten(2).to(torch.float32 if h.device.type == "mps" else torch.float64) # squared in what follows
+        places = places - places.mean(2, keepdim=True)
+        if places.shape[1] < places.shape[2]: part = torch.linalg.eigh(places @ places.mT).eigenvectors[:, :, -1:].mT @ places
+        else:
+            sizes, parts = torch.linalg.eigh(places.mT @ places)
+            part = (parts[:, :, -1] * sizes[:, -1:].clamp_min(0).sqrt())[:, None]
+        part = part * torch.where((part * h.flatten(2).mean(1, keepdim=True)).sum(2, keepdim=True) < 0, -1, 1)
+        return part.to(h.dtype).view(len(h), 1, *h.shape[2:])
     return _cam(rule, f, x, layer, args, call, grid, chunk, raw, gradients=False)
 
 # %% ../../../nbs/attribution/07_cam.ipynb #score_cam
