@@ -222,20 +222,20 @@ def multi_scale(
 )->Tensor:        # maps, (B, 1 or C, H, W), the mean of maps whose largest entry is 1 in size
     "Multi-scale explanation aggregation (Liang et al. 2025, arXiv:2509.22415). One attribution per scale, each at the cost of images of that size."
     if x.ndim != 4: refuse("x", f"shape {tuple(x.shape)}", "images (B, C, H, W)")
-    scales, size = [float(s) for s in scales], x.shape[2:]
+    scales, size, wide = [float(s) for s in scales], x.shape[2:], torch.promote_types(x.dtype, torch.float32)
     check_inputs("x", x), _args(args, x)
     if not scales or not all(0 < s < float("inf") for s in scales): refuse("scales", scales, "positive numbers, at least one")
     weights = torch.ones(len(scales)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
     if weights.shape != (len(scales),) or not weights.isfinite().all() or weights.min() < 0 or weights.sum() <= 0: refuse("weights", weights.tolist(), f"{len(scales)} numbers >= 0, one per scale, not all zero")
     def at(scale):
         sides = [max(1, round(scale * s)) for s in size]
-        scaled = x if sides == list(size) else interpolate(x, sides, mode="bilinear", antialias=True)
+        scaled = x if sides == list(size) else interpolate(x.to(wide), sides, mode="bilinear", antialias=True).to(x.dtype)
         try: maps = attribute(scaled, *args)
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             if scaled is x or out_of_memory(error): raise
             refuse("scales", f"{scale}, images of {sides[0]} x {sides[1]}, with which attribute failed ({(str(error).strip().splitlines() or [type(error).__name__])[0][:150]})", "sizes that the model takes: one with pooling at the end, or interpolated positions")
         if maps.ndim != 4: refuse("attribute", f"maps of shape {tuple(maps.shape)}", "(B, 1 or C, h, w)")
-        maps = interpolate(check_finite("attribute", check_rows("attribute", maps, x)).to(torch.promote_types(maps.dtype, torch.float32)), size, mode="bilinear", antialias=True)
+        maps = interpolate(check_finite("attribute", check_rows("attribute", maps, x)).to(wide), size, mode="bilinear", antialias=True)
         return maps / maps.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-30)
     return sum(w * at(s) for s, w in zip(scales, (weights / weights.sum()).tolist()))
 
