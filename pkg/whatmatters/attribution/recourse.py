@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ActionSet', 'describe', 'reachable', 'Responsiveness', 'responsiveness', 'FixedPredictions', 'fixed_predictions',
-           'reasons_without_recourse']
+           'best_linear', 'reasons_without_recourse']
 
 # %% ../../../nbs/attribution/09_recourse.ipynb #rc-export-imports
 import difflib
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.stats import beta
 from ..core.keep import top
 from ..core.values import Chunk, check_count, check_finite, check_inputs, refuse, seeded, values_of
@@ -251,20 +252,29 @@ def _follow(actions, row, chosen):
     return points, allowed
 
 # %% ../../../nbs/attribution/09_recourse.ipynb #_choices
+def _reach(actions, row, j):
+    "How far `j` can be lowered and raised by choice: in steps where it has them."
+    change, step = actions.change[j], actions.step[j]
+    reach = [0. if change in banned else max(0., min(room, most)) for banned, room, most in
+             ((("up", "never"), row[j] - actions.low[j], actions.most[j, 0]), (("down", "never"), actions.high[j] - row[j], actions.most[j, 1]))]
+    if math.isinf(sum(reach)): refuse("actions", f"no bound for {actions.names[j]}", "bounds, or a largest change")
+    return [int(d / step + 1e-9) for d in reach] if step else reach
+
+def _levels_ahead(levels, now, change):
+    "Levels of an encoding to which one may change."
+    k = np.arange(len(levels))
+    return {"free": k != now, "up": k > now, "down": k < now, "never": k < 0}[change]
+
 def _choices(actions, row, j, whole=False):
     "The columns that change with `j`, how many other values they have (infinite where continuous), and the values (n, columns) at places u in [0, 1). `whole`: also levels that leave `j` as it is."
     for levels, columns, change in actions.codes:
         if j not in columns: continue
         now = int((levels == row[columns]).all(1).argmax())
-        there = {"free": np.arange(len(levels)) != now, "up": np.arange(len(levels)) > now, "down": np.arange(len(levels)) < now, "never": np.zeros(len(levels), dtype=bool)}[change]
+        there = _levels_ahead(levels, now, change)
         options = levels[there if whole else there & (levels[:, columns.index(j)] != row[j])]
         return columns, len(options), lambda u: options[_place(u, len(options))]
-    change, step = actions.change[j], actions.step[j]
-    below = 0. if change in ("up", "never") else max(0., min(row[j] - actions.low[j], actions.most[j, 0]))
-    above = 0. if change in ("down", "never") else max(0., min(actions.high[j] - row[j], actions.most[j, 1]))
+    (below, above), step = _reach(actions, row, j), actions.step[j]
     if not step: return [j], math.inf if below + above > 1e-9 * (1 + abs(row[j])) else 0, lambda u: (row[j] - below + u * (below + above))[:, None]
-    if math.isinf(below + above): refuse("actions", f"no bound for {actions.names[j]}", "bounds, or a largest change")
-    below, above = (int(d / step + 1e-9) for d in (below, above))
     def take(u):
         place = _place(u, below + above) - below
         return (row[j] + step * (place + (place >= 0)))[:, None]
@@ -462,6 +472,35 @@ def fixed_predictions(
             walks = {i: walks[i] for i in parts if fixed[i]}
     give = lambda a: torch.from_numpy(a[same.reshape(-1)]).to(x.device)
     return FixedPredictions(give(fixed), give(certain), give(asked))
+
+# %% ../../../nbs/attribution/09_recourse.ipynb #best_linear
+def best_linear(
+    weights:Tensor,    # of the linear score, (P,); negated for the lowest score
+    x:Tensor,          # people, (B, P)
+    actions:ActionSet, # what they can change, without if-then rules
+)->Tensor:             # highest score over all joint actions, (B,), the intercept not included
+    "The highest linear score that each person reaches, after recourse verification by mixed-integer programming (Kothari et al. 2023, arXiv:2308.12820). No model calls; one programme (HiGHS) per person."
+    rows, w = _rows(actions, x), torch.as_tensor(weights).detach().cpu().double().numpy()
+    if w.shape != rows.shape[1:] or not np.isfinite(w).all(): refuse("weights", f"shape {w.shape}", f"({rows.shape[1]},) finite numbers, one per column")
+    if actions.rules: refuse("actions", f"{len(actions.rules)} if-then rules", "none; `fixed_predictions` has room for rules")
+    spread = np.eye(len(w)) # changes by choice -> all changes
+    for source, effect, scale in actions.links: spread[effect] += scale * spread[source]
+    coded, best = {j for _, columns, _ in actions.codes for j in columns}, []
+    for row in rows:
+        columns = [(j, actions.step[j], *_reach(actions, row, j)) for j in range(len(w)) if j not in coded]
+        ways, low, high = [step_of * np.eye(len(w))[j] for j, step, *_ in columns for step_of in [step or 1.]], [-b for *_, b, _ in columns], [a for *_, a in columns]
+        whole, group = [bool(step) for _, step, *_ in columns], [-1] * len(columns)
+        for g, (levels, of, change) in enumerate(actions.codes):
+            ahead = levels[_levels_ahead(levels, int((levels == row[of]).all(1).argmax()), change)]
+            ways += list((ahead - row[of]) @ np.eye(len(w))[of])
+            low, high, whole, group = low + [0] * len(ahead), high + [1] * len(ahead), whole + [True] * len(ahead), group + [g] * len(ahead)
+        moves = spread @ np.stack(ways, 1)
+        one_each = (np.array(group) == np.arange(len(actions.codes))[:, None]).astype(float)
+        found = milp(-(w @ moves), bounds=Bounds(low, high), integrality=whole, options=dict(mip_rel_gap=0),
+                     constraints=[LinearConstraint(moves, actions.low - row, actions.high - row), *([LinearConstraint(one_each, 0, 1)] if actions.codes else [])])
+        if not found.success: refuse("actions", f"a programme that HiGHS gave up: {found.message}", "one that it solves")
+        best.append(w @ row - found.fun)
+    return torch.tensor(best, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 # %% ../../../nbs/attribution/09_recourse.ipynb #reasons_without_recourse
 def reasons_without_recourse(
