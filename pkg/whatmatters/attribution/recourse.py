@@ -402,7 +402,7 @@ def responsiveness(
         if free: refuse("method", f"'enumerate' with {', '.join(free[:5])} continuous", 'a step for each, by `let`, or "auto"')
     weights = {_column(actions, "weights", n): w for n, w in (weights or {}).items()}
     hits, total, points, exact = np.zeros(rows.shape), np.zeros(rows.shape), np.zeros(rows.shape, dtype=np.int64), np.ones(rows.shape, dtype=bool)
-    waiting = []
+    waiting, held = [], 0
     def settle():
         attained = _attained(predict, np.concatenate([p for _, p, _ in waiting]), x, target, threshold, chunk)
         for (at, _, w), a in zip(waiting, np.split(attained, np.cumsum([len(w) for *_, w in waiting])[:-1])): hits[at], total[at] = w @ a, w.sum()
@@ -412,7 +412,10 @@ def responsiveness(
         reached, w, points[at] = reached[w > 0], w[w > 0], (w > 0).sum()
         if not len(w): continue
         waiting.append((at, reached, w))
-        if sum(len(w) for *_, w in waiting) >= WINDOW: settle()
+        held += len(w)
+        if held < WINDOW: continue
+        settle()
+        held = 0
     if waiting: settle()
     scores = hits / np.where(total > 0, total, 1)
     with np.errstate(invalid="ignore"): low, high = (beta.ppf(q, a, b) for q, a, b in (((1 - confidence) / 2, hits, total - hits + 1), ((1 + confidence) / 2, hits + 1, total - hits)))
