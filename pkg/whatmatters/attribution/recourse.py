@@ -458,7 +458,7 @@ def fixed_predictions(
     people, same = np.unique(rows, axis=0, return_inverse=True)
     attained = _attained(predict, people, x, target, threshold, chunk)
     fixed, certain, asked = ~attained, attained.copy(), np.ones(len(people), dtype=np.int64)
-    for group in np.array_split(np.flatnonzero(fixed), -(-int(fixed.sum()) // 64) or 1): # so many people are walked at a time
+    for group in np.array_split(np.flatnonzero(fixed), -(-int(fixed.sum()) // 16) or 1): # so many people are walked at a time
         walks, sizes = {}, {}
         for i in group:
             sets = _sets(actions, people[i], most)
