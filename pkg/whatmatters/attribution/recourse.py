@@ -115,6 +115,7 @@ def _settings(actions, j, change, low, high, most, step):
     if change == "never" and j in sources - effects: refuse("change", f"'never' for {name}, from which a link starts", "a source that can change")
     low, high = (_number(n, old if new is None else new) for n, new, old in (("low", low, actions.low[j]), ("high", high, actions.high[j])))
     if low > high: refuse("low", f"{low:g} above {high:g}, the highest value of {name}", "bounds in their order")
+    if most is not None and not np.isscalar(most) and len(most) != 2: refuse("most", most, "a number, or one for falls and one for rises")
     most = np.broadcast_to(np.asarray(actions.most[j] if most is None else most, dtype=float), 2)
     step = actions.step[j] if step is None else _number("step", step)
     if not 0 <= step < math.inf or actions.whole[j] and (step != round(step) or not step): refuse("step", f"{step:g} for {name}", "a whole number above 0" if actions.whole[j] else "a number >= 0; 0 is continuous")
