@@ -203,11 +203,11 @@ def kan_importance(
 
 # %% ../../../nbs/attribution/08_features.ipynb #_sensitivity
 def _sensitivity(kan, x, chunk):
-    "Mean absolute derivative per standard deviation of each feature, and over the outputs."
-    outputs = len(kan.offset)
+    "Mean absolute derivative per standard deviation of each feature, over rows and outputs."
+    outputs, spread = len(kan.offset), x.double().std(0, correction=0)
     def one(o):
         value = lambda rows: (lambda z: z[:, 0] if outputs == 1 else z[:, o] - z.mean(1))(kan(rows))
-        return (values_and_gradients(value, x, chunk=chunk)[1].abs().double().mean(0) * kan.scale).to(x.dtype)
+        return (values_and_gradients(value, x, chunk=chunk)[1].abs().double().mean(0) * spread).to(x.dtype)
     return torch.stack([one(o) for o in range(outputs)]).mean(0)
 
 # %% ../../../nbs/attribution/08_features.ipynb #field_attention
@@ -241,7 +241,7 @@ def partial_correlations(
     scale = spectrum[-1] # so that J is of the size of the covariance
     q = torch.linalg.inv(covariance / scale + ones) - ones
     root = q.diagonal().sqrt()
-    return (-q / root / root[:, None]).clamp(-1, 1).fill_diagonal_(1).to(torch.promote_types(x.dtype, torch.float32))
+    return (-(q + q.T) / 2 / torch.outer(root, root)).clamp(-1, 1).fill_diagonal_(1).to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../../../nbs/attribution/08_features.ipynb #three_cycles
 def three_cycles(
