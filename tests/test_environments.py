@@ -93,22 +93,25 @@ def test_same_seed_same_bits_and_any_chunk():
         torch.testing.assert_close(e.shift_value(**given)(masks), e.shift_value(**given, chunk=1)(masks))
 
 
-@pytest.mark.parametrize("normalise,observed", list(product((True, False), repeat=2)))
-def test_the_game(normalise, observed):
+@pytest.mark.parametrize("normalise,spread", list(product((True, False), ("alone", "even", None))))
+def test_the_game(normalise, spread):
     source, target = world(300, 0), world(200, 1, .3)
     loss, ratios = (torch.rand(300, generator=seeded(2)), torch.rand(200, generator=seeded(3))), .3 * torch.randn(300, 3, generator=seeded(4)).double()
-    value = e.shift_value(source, target, loss, CHAIN, ratios=ratios, normalise=normalise, observed=observed)
+    value = e.shift_value(source, target, loss, CHAIN, ratios=ratios, normalise=normalise, spread=spread)
     total = float(loss[1].double().mean() - loss[0].double().mean())
-    for mask in product((False, True), repeat=3):
+    def weighted(mask):
         w = ratios[:, list(mask)].sum(1).exp()
-        wanted = float((w * loss[0]).sum() / (w.sum() if normalise else 300)) - float(loss[0].double().mean())
-        got = float(value(torch.tensor([mask]))[0])
-        if all(mask): assert value.gap == pytest.approx(total - wanted) and value.total == pytest.approx(total)
-        assert got == pytest.approx(total if all(mask) and observed else wanted, abs=1e-12)
-        assert float(value.effective(torch.tensor([mask]))[0]) == pytest.approx(float(w.sum() ** 2 / w.square().sum()))
+        return float((w * loss[0]).sum() / (w.sum() if normalise else 300)) - float(loss[0].double().mean()), float(w.sum() ** 2 / w.square().sum())
+    alone = [1. if spread == "even" else abs(weighted([i == j for j in range(3)])[0]) for i in range(3)]
+    gap = total - weighted([True] * 3)[0]
+    assert value.gap == pytest.approx(gap) and value.total == pytest.approx(total)
+    for mask in product((False, True), repeat=3):
+        wanted, rows = weighted(mask)
+        if spread: wanted += gap * sum(a for a, m in zip(alone, mask) if m) / sum(alone)
+        assert float(value(torch.tensor([mask]))[0]) == pytest.approx(wanted, abs=1e-12) and float(value.effective(torch.tensor([mask]))[0]) == pytest.approx(rows)
     torch.testing.assert_close(shapley(value).scores, kernel_shap(value, 8).scores)
-    assert float(shapley(value).scores.sum()) == pytest.approx(total if observed else total - value.gap)
-    if normalise: torch.testing.assert_close(value(torch.eye(3).bool()), e.shift_value(source, target, loss, CHAIN, ratios=ratios + 7, observed=observed)(torch.eye(3).bool()))
+    assert float(shapley(value).scores.sum()) == pytest.approx(total if spread else total - gap)
+    if normalise: torch.testing.assert_close(value(torch.eye(3).bool()), e.shift_value(source, target, loss, CHAIN, ratios=ratios + 7, spread=spread)(torch.eye(3).bool()))
 
 
 def test_few_effective_rows_are_said():

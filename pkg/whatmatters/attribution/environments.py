@@ -112,6 +112,7 @@ def mechanism_ratios(
 
 # %% ../../../nbs/attribution/10_environments.ipynb #_game
 LEAST_ROWS, LEAST_SHARE = 50, .02 # effective rows below which overlap is called poor
+SPREAD = ("alone", "even", None)
 
 def _losses(loss, rows):
     "Losses of both environments in double precision."
@@ -120,7 +121,7 @@ def _losses(loss, rows):
         if getattr(t, "shape", None) != (n,): refuse("loss", f"shape {tuple(getattr(t, 'shape', ()))} for the {where}", f"({n},), one per row of it")
     return [check_finite("loss", torch.as_tensor(t).double()) for t in loss]
 
-def _game(logs, loss, normalise, observed, chunk=None):
+def _game(logs, loss, normalise, spread, chunk=None):
     "The value function of given log-weights (N, P) and losses (N,), (M,)."
     old, count, step = loss[0].mean(), logs.shape[1], chunk or max(1, 2 ** 22 // len(logs))
     total = loss[1].mean() - old
@@ -133,10 +134,11 @@ def _game(logs, loss, normalise, observed, chunk=None):
         if masks.ndim != 2 or masks.shape[1] != count: refuse("masks", f"shape {tuple(masks.shape)}", f"(M, {count}), a column per mechanism")
         masks = masks.to(logs.device).bool()
         values = torch.cat([weighted(part) for part in masks.split(step)])
-        values = torch.where(masks.any(1), values, 0.)
-        return torch.where(masks.all(1), total, values) if observed else values
-    value.players, value.effective, value.total = count, effective, float(total)
-    value.gap = float(total - weighted(torch.ones(1, count, dtype=torch.bool, device=logs.device))[0])
+        return torch.where(masks.any(1), values + masks.to(logs.dtype) @ parts, 0.)
+    alone, gap = weighted(torch.eye(count, device=logs.device)).abs(), total - weighted(torch.ones(1, count))[0]
+    if spread == "even" or not alone.sum() > 0: alone = torch.ones_like(alone)
+    parts = 0 * alone if spread is None else gap * alone / alone.sum()
+    value.players, value.effective, value.total, value.gap = count, effective, float(total), float(gap)
     return value
 
 def _warn(value, names, rows):
@@ -156,7 +158,7 @@ def shift_value(
     blocks:dict|None=None, # {node: its columns}; a node that is not in it is the column of its name
     ratios:Tensor|None=None,# log-weights (N, P), from `mechanism_ratios` or known; None: estimated here
     normalise:bool=True,   # divide by the mean weight of each coalition
-    observed:bool=True,    # the value of all mechanisms is the observed change; False: what the weights make of it
+    spread:str|None="alone",# who takes what the weights miss of the observed change: "alone" (in proportion to what each does alone), "even", or None: it is left out
     chunk:int|None=None,   # coalitions at a time; None: as many as make 4 million weights
     **options,             # `classifier`, `folds`, `clip` and `generator` of `mechanism_ratios`
 ):                         # `value(masks)`: boolean masks (M, P), True where a mechanism is the target's, to (M,); with `players`, `names`, `ratios`, `total`, `gap` and `effective(masks)`
@@ -167,8 +169,9 @@ def shift_value(
     rows = _rows("source", source), _rows("target", target)
     if ratios.shape != (rows[0], len(graph)): refuse("ratios", f"shape {tuple(ratios.shape)}", f"({rows[0]}, {len(graph)}), a column per mechanism")
     loss = _losses(loss, rows)
+    if spread not in SPREAD: refuse("spread", repr(spread), f"one of {SPREAD}")
     if chunk is not None: check_count("chunk", chunk)
-    value = _game(check_finite("ratios", ratios).to(loss[0]), loss, normalise, observed, chunk)
+    value = _game(check_finite("ratios", ratios).to(loss[0]), loss, normalise, spread, chunk)
     _warn(value, graph, rows[0])
     value.names, value.ratios = tuple(graph), ratios
     return value
@@ -196,7 +199,7 @@ def shift_attribution(
     refit:bool=True,       # fit the classifiers again for each; False: faster, and too narrow
     level:float=.95,       # coverage
     normalise:bool=True,   # divide by the mean weight of each coalition
-    observed:bool=True,    # the value of all mechanisms is the observed change; False: what the weights make of it
+    spread:str|None="alone",# who takes what the weights miss of the observed change: "alone" (in proportion to what each does alone), "even", or None: it is left out
     classifier=None, folds:int=5, clip:float=100., # as for `mechanism_ratios`
     generator=None,        # generator or seed of folds and resampling; None: seed 0
 )->ShiftAttribution:
@@ -204,18 +207,19 @@ def shift_attribution(
     from scipy.stats import t as student
     if not 0 < level < 1: refuse("level", level, "a share in (0, 1)")
     check_count("resamples", resamples, 2)
+    if spread not in SPREAD: refuse("spread", repr(spread), f"one of {SPREAD}")
     generator, classifier = seeded(generator), _classifier(classifier, clip)
     numbers, n = _mechanisms(source, target, graph, blocks, check_count("folds", folds, 2))
     rows = n, _rows("target", target)
     loss, new, fold = _losses(loss, rows), np.arange(sum(rows)) >= n, _folds(rows, folds, generator)
     logs = _log_ratios(graph, numbers, new, fold, classifier, clip)
-    value = _game(logs.to(loss[0].device), loss, normalise, observed)
+    value = _game(logs.to(loss[0].device), loss, normalise, spread)
     each, again = _warn(value, graph, n), []
     for _ in range(resamples):
         a, b = (torch.randint(m, (m,), generator=generator) for m in rows)
         drawn, at = [l[i.to(l.device)] for l, i in zip(loss, (a, b))], torch.cat([a, n + b]).numpy()
         own = _log_ratios(graph, {k: x[at] for k, x in numbers.items()}, new, fold[at], classifier, clip) if refit else logs[a]
-        again.append(estimator(_game(own.to(drawn[0].device), drawn, normalise, observed)).scores)
+        again.append(estimator(_game(own.to(drawn[0].device), drawn, normalise, spread)).scores)
     scores = estimator(value).scores
     room = torch.stack(again).std(0) * float(student.ppf((1 + level) / 2, resamples - 1))
     return ShiftAttribution(scores, scores - room, scores + room, tuple(graph), value.total, value.gap, each[:-1])
