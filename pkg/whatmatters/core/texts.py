@@ -90,10 +90,10 @@ def _python():
         for head, after in zip(heads, [*heads[1:], None]):
             body = page[head.end():after.start() if after else None].strip()
             prose = "\n\n".join(" ".join(p.split()) for p in re.split(r"\n\s*\n", body) if not p.startswith((" ", "\t", "+", "|")) and "::=" not in p)
-            title, terms = head[1].replace('"', ""), list(dict.fromkeys(t.lower() for t in EMPHASIS.findall(prose) if re.fullmatch(r"[A-Za-z][\w -]+[A-Za-z]", t)))
+            title, terms = EMPHASIS.sub(r"\1", head[1]).replace('"', ""), list(dict.fromkeys(t.lower() for t in EMPHASIS.findall(prose) if re.fullmatch(r"[A-Za-z][\w -]+[A-Za-z]", t)))
             if title in seen or len(prose) < 400 or not terms: continue
             seen.add(title)
-            rows.append((f"{title}\n\n{EMPHASIS.sub(lambda m: m[1], prose)}".replace('"', ""), terms, title, name))
+            rows.append((title + "\n\n" + EMPHASIS.sub(r"\1", prose).replace('"', ""), terms, title, name))
     return Referenced(*map(list, zip(*rows)))
 
 # %% ../../../nbs/core/14_texts.ipynb #_inspec
