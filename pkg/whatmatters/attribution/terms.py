@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'page_rank', 'WordCounts', 'word_counts', 'tf_idf', 'sentence_graph', 'lexrank', 'centroid', 'textrank',
-           'summarise']
+           'summarise', 'weighted_keywords', 'StableTopics', 'stable_topics']
 
 # %% ../../../nbs/attribution/11_terms.ipynb #t11imp
 from collections import Counter
 from typing import NamedTuple
 import difflib
+import warnings
 import numpy as np
 import torch
+import scipy.sparse.linalg
 from scipy import sparse
 from ..core.texts import stem, stopwords, words_of
 from ..core.values import check_count, refuse, seed_of
@@ -219,3 +221,73 @@ def summarise(
         if not left: break
         alike = np.maximum(alike, (vectors @ vectors[[i]].T).toarray()[:, 0])
     return taken
+
+# %% ../../../nbs/attribution/11_terms.ipynb #weighted_keywords
+def weighted_keywords(
+    counts,           # (N, V), words of messages, as of `word_counts`
+    engagement=None,  # reactions to each message, (N,), none negative; None: all messages alike
+    topics:int=5,     # of the latent Dirichlet allocation
+    passes:int=20,    # over the messages
+    generator:torch.Generator|int|None=None, # of where the topics begin
+)->np.ndarray:        # scores, (V,), none negative
+    "Weighted idf times topical mass (after the IDF-LDA model for Weibo, system 106). One latent Dirichlet allocation; no model call."
+    from sklearn.decomposition import LatentDirichletAllocation
+    counts = _non_negative("counts", counts)
+    n = counts.shape[0]
+    engagement = np.ones(n) if engagement is None else np.asarray(engagement, dtype=float)
+    if engagement.shape != (n,) or not np.isfinite(engagement).all() or (engagement < 0).any() or not engagement.any(): refuse("engagement", f"shape {engagement.shape}" if engagement.shape != (n,) else "values that are negative, infinite or all 0", f"{n} finite numbers >= 0")
+    weights = np.log1p(engagement)
+    weights *= n / weights.sum()
+    weighted = counts * weights[:, None]
+    seen = (counts > 0).T @ weights
+    lda = LatentDirichletAllocation(check_count("topics", topics), max_iter=check_count("passes", passes), random_state=seed_of(generator) % 2 ** 32).fit(weighted)
+    idf = np.log(n / np.maximum(seen, weights[weights > 0].min())) # a word that only unnoticed messages have is as rare as one in the least noticed
+    return np.maximum(idf, 0) * (lda.components_ - lda.topic_word_prior_).max(0).clip(0)
+
+# %% ../../../nbs/attribution/11_terms.ipynb #StableTopics
+class StableTopics(NamedTuple):
+    "What each number of topics gave; `k` is the largest of the stable ones, or the most stable when none is."
+    k: int
+    silhouettes: dict # number of topics -> silhouette of the worst topic, in [-1, 1]
+    errors: dict      # number of topics -> Frobenius norm of what is left, relative to that of the data, mean over copies
+    topics: np.ndarray # (k, V), mean over copies, rows of length 1
+
+# %% ../../../nbs/attribution/11_terms.ipynb #stable_topics
+def stable_topics(
+    X,                # (N, V), none negative: counts, or their tf-idf
+    ks,               # numbers of topics to try, each at least 2
+    copies:int=8,     # perturbed copies of the data
+    noise:float=.03,  # each entry is multiplied by a draw from 1 - noise to 1 + noise
+    stable:float=.8,  # silhouette from which a topic is stable
+    steps:int=300,    # at most so many of a factorisation
+    generator:torch.Generator|int|None=None, # of noise and beginnings
+)->StableTopics:      # k, silhouettes, errors and the topics
+    "The number of topics by perturbation and silhouette (NMFk; Alexandrov et al. 2013; without SeNMFk's coupling to contexts). One factorisation per number and copy; no model call."
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.decomposition import NMF
+    from sklearn.metrics import silhouette_samples
+    X, ks, tried = _non_negative("X", X), list(ks), {}
+    if not ks: refuse("ks", "no number", "at least one")
+    for k in ks:
+        if check_count("ks", k, 2) > min(X.shape): refuse("ks", k, f"at most {min(X.shape)}, the smaller side of X")
+    if not 0 < noise < 1: refuse("noise", noise, "a share in (0, 1)")
+    check_count("copies", copies, 2)
+    rng = np.random.default_rng(seed_of(generator))
+    for k in ks:
+        runs, left = [], []
+        for _ in range(copies):
+            shaken = X.copy()
+            shaken.data *= rng.uniform(1 - noise, 1 + noise, X.nnz)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore") # of the last digits, which the matching does not need
+                fit = NMF(k, init="random", random_state=int(rng.integers(2 ** 31)), max_iter=steps).fit(shaken)
+            topics = fit.components_ / np.maximum(np.linalg.norm(fit.components_, axis=1, keepdims=True), 1e-300)
+            runs.append(topics[linear_sum_assignment(runs[0] @ topics.T, maximize=True)[1]] if runs else topics)
+            left.append(fit.reconstruction_err_ / sparse.linalg.norm(shaken))
+        groups = np.tile(np.arange(k), copies)
+        apart = silhouette_samples(np.concatenate(runs), groups, metric="cosine")
+        tried[k] = min(apart[groups == g].mean() for g in range(k)), float(np.mean(left)), np.mean(runs, 0)
+    passed = [k for k in ks if tried[k][0] >= stable]
+    best = max(passed) if passed else max(ks, key=lambda k: tried[k][0])
+    topics = tried[best][2] / np.linalg.norm(tried[best][2], axis=1, keepdims=True)
+    return StableTopics(best, {k: float(t[0]) for k, t in tried.items()}, {k: t[1] for k, t in tried.items()}, topics)
