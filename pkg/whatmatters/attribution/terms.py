@@ -66,20 +66,22 @@ def word_counts(
 )->WordCounts:        # counts (N, V), and the words of their columns
     "The stems of each text, counted. A text without words is a row of zeros. No model call."
     if isinstance(texts, str): refuse("texts", "one str", "a list of them, such as core.texts.sentences_of gives")
-    columns, forms, rows, left_out = {}, [], [], frozenset() if stops else stopwords()
+    left_out, stems, column, written, rows = frozenset() if stops else stopwords(), {}, {}, Counter(), []
     for text in texts:
-        row = Counter(w for w in map(str.lower, words_of(text)) if w not in left_out)
-        counts = Counter()
+        row = Counter(words_of(text.lower()))
+        written.update(row)
+        for word in row.keys() - column.keys(): column[word] = None if word in left_out else stems.setdefault(stem(word), len(stems))
+        counts = {}
         for word, n in row.items():
-            column = columns.setdefault(stem(word), len(columns))
-            if column == len(forms): forms.append(Counter())
-            forms[column][word] += n
-            counts[column] += n
+            if (c := column[word]) is not None: counts[c] = counts.get(c, 0) + n
         rows.append(counts)
-    if not columns: refuse("texts", f"{len(rows)} texts without a word that counts", "at least one word")
+    if not stems: refuse("texts", f"{len(rows)} texts without a word that counts", "at least one word")
     ends = np.cumsum([0, *map(len, rows)])
-    entries = [np.fromiter((v for row in rows for v in part(row)), kind, ends[-1]) for part, kind in ((Counter.values, float), (Counter.keys, np.int32))]
-    return WordCounts(sparse.csr_array((*entries, ends), shape=(len(rows), len(columns))), [f.most_common(1)[0][0] for f in forms])
+    entries = [np.fromiter((v for row in rows for v in part(row)), kind, ends[-1]) for part, kind in ((dict.values, float), (dict.keys, np.int32))]
+    words = [None] * len(stems)
+    for word, _ in sorted(written.items(), key=lambda item: item[1]): # so that the commonest form comes last
+        if column[word] is not None: words[column[word]] = word
+    return WordCounts(sparse.csr_array((*entries, ends), shape=(len(rows), len(stems))), words)
 
 # %% ../../../nbs/attribution/11_terms.ipynb #tf_idf
 def tf_idf(
@@ -219,7 +221,9 @@ def summarise(
         taken.append(i)
         left -= cost
         if not left: break
-        alike = np.maximum(alike, (vectors @ vectors[[i]].T).toarray()[:, 0])
+        span, row = slice(*vectors.indptr[i:i + 2]), np.zeros(vectors.shape[1])
+        row[vectors.indices[span]] = vectors.data[span]
+        alike = np.maximum(alike, vectors @ row)
     return taken
 
 # %% ../../../nbs/attribution/11_terms.ipynb #weighted_keywords
