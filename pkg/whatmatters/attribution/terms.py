@@ -70,9 +70,9 @@ def word_counts(
     for text in texts:
         row = Counter(words_of(text.lower()))
         written.update(row)
-        for word in row.keys() - column.keys(): column[word] = None if word in left_out else stems.setdefault(stem(word), len(stems))
         counts = {}
         for word, n in row.items():
+            if word not in column: column[word] = None if word in left_out else stems.setdefault(stem(word), len(stems))
             if (c := column[word]) is not None: counts[c] = counts.get(c, 0) + n
         rows.append(counts)
     if not stems: refuse("texts", f"{len(rows)} texts without a word that counts", "at least one word")
@@ -81,7 +81,9 @@ def word_counts(
     words = [None] * len(stems)
     for word, _ in sorted(written.items(), key=lambda item: item[1]): # so that the commonest form comes last
         if column[word] is not None: words[column[word]] = word
-    return WordCounts(sparse.csr_array((*entries, ends), shape=(len(rows), len(stems))), words)
+    counts = sparse.csr_array((*entries, ends), shape=(len(rows), len(stems)))
+    counts.sort_indices()
+    return WordCounts(counts, words)
 
 # %% ../../../nbs/attribution/11_terms.ipynb #tf_idf
 def tf_idf(
