@@ -136,6 +136,7 @@ def phrase_scores(
     found:Candidates, # what `candidates` found
     weights,          # of the content words: per node (N,), or per word of the corpus (W,)
     length:float=0.,  # power of the number of words that divides: 0 sums, 1 averages
+    frequency:float=.5, # power of 1 + log(occurrences in the document) that multiplies
     early:bool=False, # raise phrases that appear early
 )->sparse.csr_array:  # scores (D, P), stored where `found.counts` is
     "Scores of the phrases of each document: the sum of their words' weights."
@@ -144,7 +145,7 @@ def phrase_scores(
     doc, members = _rows(found.counts), found.members[found.counts.indices]
     if weights.shape == (found.terms.nnz,): weights = _entries(sparse.csr_array((weights, found.terms.indices, found.terms.indptr), shape=found.terms.shape), doc[:, None], np.maximum(members, 0))
     else: weights = weights[np.maximum(members, 0)]
-    scores = np.where(members >= 0, weights, 0).sum(1) / (members >= 0).sum(1) ** length
+    scores = np.where(members >= 0, weights, 0).sum(1) / (members >= 0).sum(1) ** length * (1 + np.log(found.counts.data)) ** frequency
     if early: scores *= 1 + 1 / np.log2(2 + found.first)
     return sparse.csr_array((scores, found.counts.indices, found.counts.indptr), shape=found.counts.shape)
 
@@ -178,11 +179,12 @@ def tf_idf_keyphrases(
     texts,         # D documents: str; or their `Candidates`
     top:int=10,    # phrases per document
     longest:int=4, # words of a phrase, where texts are given
+    length:float=0.,# power of the number of words that divides: 0 sums, 1 averages
 )->list:           # per document a list of (phrase, score), best first
     "Keyphrases by TF-IDF of their words, with the smoothed idf of scikit-learn (Spärck Jones 1972). No model calls."
     check_count("top", top)
     found = _found(texts, longest)
-    return top_phrases(found, phrase_scores(found, found.terms.data * _idf(found.terms)[found.terms.indices]), top)
+    return top_phrases(found, phrase_scores(found, found.terms.data * _idf(found.terms)[found.terms.indices], length), top)
 
 # %% ../../../nbs/attribution/12_keyphrases.ipynb #word_graph
 def word_graph(
@@ -211,6 +213,7 @@ def textrank_keyphrases(
     texts,              # D documents: str; or their `Candidates`
     top:int=10,         # phrases per document
     longest:int=4,      # words of a phrase, where texts are given
+    length:float=0.,    # power of the number of words that divides: 0 sums, 1 averages
     window:int=2,       # words fewer than this apart are neighbours
     damping:float=.85,  # of PageRank
 )->list:                # per document a list of (phrase, score), best first
@@ -218,7 +221,7 @@ def textrank_keyphrases(
     check_count("top", top)
     found = _found(texts, longest)
     rank = page_rank(word_graph(found, window), damping=damping)
-    return top_phrases(found, phrase_scores(found, _shares(_rows(found.terms), rank)), top)
+    return top_phrases(found, phrase_scores(found, _shares(_rows(found.terms), rank), length), top)
 
 # %% ../../../nbs/attribution/12_keyphrases.ipynb #centralities
 def centralities(
@@ -274,6 +277,7 @@ def frake(
     texts,           # D documents: str; or their `Candidates`
     top:int=10,      # phrases per document
     longest:int=4,   # words of a phrase, where texts are given
+    length:float=0., # power of the number of words that divides: 0 sums, 1 averages
     window:int=3,    # words fewer than this apart are neighbours
     graph:bool=True, # whether centralities count
     text:bool=True,  # whether case, position, frequency and spread count
@@ -288,7 +292,7 @@ def frake(
         seen = _evidence(found)
         frequency = found.terms.data / _most(doc, found.terms.data)
         weights += _unit(doc, seen.capital + 1 - seen.first / found.sizes[doc] + frequency + seen.sentences / _most(doc, seen.sentences))
-    return top_phrases(found, phrase_scores(found, weights), top)
+    return top_phrases(found, phrase_scores(found, weights, length), top)
 
 # %% ../../../nbs/attribution/12_keyphrases.ipynb #_evidence
 class _Evidence(NamedTuple):
@@ -526,13 +530,12 @@ def eru_kg(
     model:Informativeness, # from `fit_informativeness`
     top:int=10,          # phrases per document
     longest:int=4,       # words of a phrase, where texts are given
+    length:float=0.,     # power of the number of words that divides: 0 sums, 1 averages
     generate:float=0.,   # share of phraseness that comes from similar texts, in [0, 1); 0: only phrases that the text has
     neighbours:int=10,   # how many similar texts
     index:list=(),       # further texts that may be similar: str
     power:float=.25,     # of the importance of words
-    length:float=0.,     # power of the length of a phrase that divides: 0 sums over words, 1 averages
     early:bool=True,     # raise phrases that appear early
-    frequency:float=0.,  # power of 1 + log(occurrences of the phrase in all texts) that multiplies
 )->list:                 # per document a list of (phrase, score), best first
     """Keyphrases by the importance of their words, learned from references, times their phraseness in the text and in similar ones (after Do et al. 2025, arXiv:2505.24219). No model calls but of
     the logistic model; with `generate` a sparse product of the texts with one another."""
@@ -542,8 +545,7 @@ def eru_kg(
     if len(index) and isinstance(texts, Candidates): refuse("index", f"{len(index)} texts beside Candidates", "texts, or candidates of all of them")
     found = _found([*texts, *index] if len(index) and not isinstance(texts, str) else texts, longest)
     weights = model(found) ** power
-    scores = phrase_scores(found, weights, length, early)
-    if frequency: scores.data *= (1 + np.log(np.asarray(found.counts.sum(axis=0)).ravel()[scores.indices])) ** frequency
+    scores = phrase_scores(found, weights, length, early=early)
     if generate: scores = _with_similar(found, scores, weights, generate, neighbours, length)
     return top_phrases(found, scores, top)[:len(found.sizes) - len(index)]
 
