@@ -198,3 +198,16 @@ def test_refused(call, message):
 def test_one_document_is_enough_where_nothing_is_compared():
     assert textrank_keyphrases(["A red cat."]) and frake(["A red cat."])[0][0][0] == "red cat"
     assert [p for p, _ in frake(["The red cat. " * 3, "Is it? It is the."])[1]] == [] # words, but none that a phrase may have
+
+
+def test_the_benchmark_runs(tmp_path):
+    from pathlib import Path
+    from whatmatters.core import experiments
+    book = Path(__file__).parent.parent/"nbs/benchmarks/terms.ipynb"
+    assert experiments.run(str(book), given=dict(texts="python", rows=6, peers=["yake"], encoder=None, large=20), out=tmp_path, engine="warm")[1]
+
+
+@pytest.mark.parametrize("given, message", [(dict(ks=[]), "ks: got"), (dict(generate=1.), "generate: got 1.0"), (dict(queries="author"), "queries: got 'author'"), (dict(documents=3), "documents: got 3"), (dict(rows=4), "texts: got python|rows: got")])
+def test_the_experiment_refuses(given, message, tmp_path):
+    from whatmatters.core import experiments
+    with pytest.raises(Exception, match=message): experiments.run("keyphrases", "smoke", given, tmp_path, engine="warm")
