@@ -53,7 +53,8 @@ def candidates(
     form_kinds, form = _same(forms)
     often = np.bincount(form, minlength=len(form_kinds))
     chosen = np.zeros(len(kinds), dtype=int) # of the forms of a phrase the most frequent, the first of equals
-    for i in np.lexsort((-form_kinds, often)): chosen[phrase[form_kinds[i]]] = form_kinds[i]
+    best = form_kinds[np.lexsort((-form_kinds, often))]
+    chosen[phrase[best]] = best # the last one written stays
     counts, entry = _table(t.doc[start], phrase, (D, len(kinds)))
     terms, node = _table(t.doc[keep], t.word[keep], (D, W))
     first = np.full(counts.nnz, np.iinfo(int).max)
@@ -417,6 +418,7 @@ def semantic_importance(
     embedding = ppmi_embeddings(found) if embedding is None else np.asarray(embedding, dtype=float)
     if embedding.ndim != 2 or len(embedding) != len(found.words) or not np.isfinite(embedding).all(): refuse("embedding", f"shape {embedding.shape}", f"finite numbers ({len(found.words)}, d), a row per word")
     if not 0 < share <= 1: refuse("share", share, "a share in (0, 1]")
+    if not 0 < threshold <= 1: refuse("threshold", threshold, "a cosine in (0, 1]")
     if isinstance(seeds, str): refuse("seeds", "a str", "a list of phrases")
     stems = {stem(w) for phrase in seeds for w in words_of(phrase)}
     chosen = np.array([w in stems for w in found.words])[found.terms.indices]
@@ -566,7 +568,8 @@ def _with_similar(found, scores, weights, generate, neighbours, length):
 def _nearest(table, neighbours, block=1000):
     "Cosines with the nearest other rows, which sum to 1 in each row."
     if table.shape[0] < 2: refuse("texts", "1 document", "at least two: there is no other to generate from")
-    unit = sparse.csr_array(sparse.diags_array(1 / np.maximum(np.sqrt(np.asarray((table * table).sum(axis=1)).ravel()), 1e-12)) @ (table * _idf(table)[None]))
+    unit, row = table.data * _idf(table)[table.indices], _rows(table)
+    unit = sparse.csr_array((unit / np.sqrt(np.bincount(row, weights=unit ** 2, minlength=table.shape[0]))[row], table.indices, table.indptr), shape=table.shape)
     rows = []
     for begin in range(0, unit.shape[0], block):
         cosine = (unit[begin:begin + block] @ unit.T).toarray()

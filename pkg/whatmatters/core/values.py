@@ -203,7 +203,13 @@ def class_value(
     "The value function of a classifier: the score of the class given for each row."
     kinds = {"logit": lambda z: z, "log-probability": lambda z: z.log_softmax(-1), "probability": lambda z: z.softmax(-1)}
     if kind not in kinds: refuse("kind", repr(kind), f"one of {', '.join(kinds)}")
-    return lambda x, classes: kinds[kind](network(x)).gather(1, classes[:, None])[:, 0]
+    def score(x, classes):
+        scores = kinds[kind](network(x))
+        try: return scores.gather(1, classes[:, None])[:, 0]
+        except RuntimeError as error:
+            if "out of bounds" not in str(error): raise
+            refuse("classes", f"numbers from {classes.min()} to {classes.max()}", f"0 to {scores.shape[1] - 1}, the classes of the network")
+    return score
 
 # %% ../../../nbs/core/00_values.ipynb #without
 def without(
