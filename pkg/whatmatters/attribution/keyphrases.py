@@ -94,9 +94,10 @@ def _read(texts, content=None):
 
 # %% ../../../nbs/attribution/12_keyphrases.ipynb #_content
 ARTICLES = frozenset("the a an this that these those its their his her our your it they we he she which how whether such each any some".split())
-REPORTING = frozenset("""able addition approach approaches apply applied applies article based best better case cases certain compared consider considered considers current describe described describes developed different discuss
-discussed example examples existing following general given good great high higher important key known large larger low lower main major make makes making need needs new novel number obtained order paper particular possible present presented
-presents propose proposed proposes provide provided provides recent result results shown significant small smaller study studied term terms use useful uses various way ways work works""".split())
+REPORTING = frozenset("""able addition approach approaches apply applied applies article based best better case cases certain compared consider considered considers current describe
+described describes developed different discuss discussed example examples existing following general given good great high higher important key known large larger
+low lower main major make makes making need needs new novel number obtained order paper particular possible present presented presents propose proposed proposes
+provide provided provides recent result results shown significant small smaller study studied term terms use useful uses various way ways work works""".split())
 TOPICAL = frozenset("bill bottom call computer cry detail fire interest mill mine side system thick thin top".split()) # on the list of stop words, and no function words
 ADVERB_LIKE = frozenset("anomaly assembly butterfly family monopoly multiply poly reply supply".split()) # they end so, and are none
 
@@ -416,7 +417,8 @@ def semantic_importance(
 )->np.ndarray:           # (W,), in [0, 1], the largest 1
     "Semantic importance of words: personalised PageRank on links of meaning, summed over documents (Zhang et al. 2018, arXiv:1711.03373). A product of embeddings per document; no model calls."
     embedding = ppmi_embeddings(found) if embedding is None else np.asarray(embedding, dtype=float)
-    if embedding.ndim != 2 or len(embedding) != len(found.words) or not np.isfinite(embedding).all(): refuse("embedding", f"shape {embedding.shape}", f"finite numbers ({len(found.words)}, d), a row per word")
+    if embedding.ndim != 2 or len(embedding) != len(found.words) or not np.isfinite(embedding).all():
+        refuse("embedding", f"shape {embedding.shape}", f"finite numbers ({len(found.words)}, d), a row per word")
     if not 0 < share <= 1: refuse("share", share, "a share in (0, 1]")
     if not 0 < threshold <= 1: refuse("threshold", threshold, "a cosine in (0, 1]")
     if isinstance(seeds, str): refuse("seeds", "a str", "a list of phrases")
@@ -499,7 +501,8 @@ def _features(found, seen, documents, rate, own=None):
     if own is not None: texts, hits = texts - 1, hits - own
     referred = (hits + 3 * rate) / (texts + 3) # as if seen in three more texts
     letters = np.log([len(w) for w in found.words])[found.terms.indices]
-    return np.stack([np.log(found.terms.data), np.log1p(evidence.first), evidence.first / found.sizes[doc], np.log(evidence.sentences), evidence.capital, rarity, letters, np.log(referred / (1 - referred))], 1)
+    return np.stack([np.log(found.terms.data), np.log1p(evidence.first), evidence.first / found.sizes[doc], np.log(evidence.sentences), evidence.capital, rarity,
+                     letters, np.log(referred / (1 - referred))], 1)
 
 # %% ../../../nbs/attribution/12_keyphrases.ipynb #fit_informativeness
 def fit_informativeness(
@@ -507,7 +510,8 @@ def fit_informativeness(
     references:list, # per text what refers to it: a title (str), or a list of str
     penalty:float=1.,# of the squared coefficients
 )->Informativeness:  # the model
-    "Learn from references which words of a text matter: a ridge logistic regression (after Do et al. 2025, arXiv:2505.24219, whose model is a transformer). A second per ten thousand texts; no model calls."
+    """Learn from references which words of a text matter: a ridge logistic regression (after Do et al. 2025, arXiv:2505.24219, whose model is a transformer). Linear in the
+    texts; no model calls."""
     from sklearn.linear_model import LogisticRegression
     if isinstance(texts, str) or isinstance(references, str): refuse("texts" if isinstance(texts, str) else "references", "a str", "a list with an entry per text")
     if len(texts) != len(references): refuse("references", f"{len(references)} for {len(texts)} texts", "as many")
