@@ -204,7 +204,7 @@ def test_the_benchmark_runs(tmp_path):
     from pathlib import Path
     from whatmatters.core import experiments
     book = Path(__file__).parent.parent/"nbs/benchmarks/terms.ipynb"
-    assert experiments.run(str(book), given=dict(texts="python", rows=6, peers=["yake"], encoder=None, large=20), out=tmp_path, engine="warm")[1]
+    assert experiments.run(str(book), given=dict(data="python", rows=6, peers=["yake"], encoder=None, large=20), out=tmp_path, engine="warm")[1]
 
 
 @pytest.mark.parametrize("given, message", [(dict(ks=[]), "ks: got"), (dict(generate=1.), "generate: got 1.0"), (dict(queries="author"), "queries: got 'author'"), (dict(documents=3), "documents: got 3"), (dict(rows=4), "texts: got python|rows: got")])
