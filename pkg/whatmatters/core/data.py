@@ -30,7 +30,7 @@ class Data(NamedTuple):
         return Data(self.x[rows] if isinstance(self.x, Tensor) else [self.x[i] for i in rows.tolist()], self.y[rows], self.classes)
 
 # %% ../../../nbs/core/03_data.ipynb #source_kind
-EMBEDDED = ("digits", "breast_cancer", "wine", "diabetes")
+EMBEDDED = ("digits", "breast_cancer", "wine", "diabetes", "python")
 
 def source_kind(
     data:str, # an embedded set, a folder, or owner/name on the hub
@@ -48,11 +48,15 @@ def source_kind(
 # %% ../../../nbs/core/03_data.ipynb #_embedded
 def _embedded(name):
     from sklearn import datasets
+    _no_texts(name)
     bunch = getattr(datasets, f"load_{name}")()
     x = torch.tensor(bunch.images / 16 if name == "digits" else bunch.data, dtype=torch.float32)
     if name == "digits": x = x[:, None]
     if name == "diabetes": return Data(x, torch.tensor(bunch.target, dtype=torch.float32), ())
     return Data(x, torch.tensor(bunch.target), tuple(str(c) for c in bunch.target_names))
+
+def _no_texts(name):
+    if name == "python": refuse("data", "'python', texts without labels", f"one of {', '.join(EMBEDDED[:-1])}; core.texts.load_referenced reads texts with references")
 
 # %% ../../../nbs/core/03_data.ipynb #_table
 def _table(path, text, label, classes=None):
@@ -176,6 +180,7 @@ def table(
     kind = source_kind(data)
     if kind == "embedded":
         from sklearn import datasets
+        _no_texts(data)
         frame = getattr(datasets, f"load_{data}")(as_frame=True).frame
     elif kind == "hub":
         import datasets

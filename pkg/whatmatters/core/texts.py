@@ -161,8 +161,8 @@ def load_referenced(
 )->Referenced:         # texts, references, titles and names
     "Texts with the keyphrases or summaries that people wrote, by name, folder or hub id."
     if split not in ("train", "validation", "test"): refuse("split", repr(split), "train, validation or test")
-    if data == "python": return _python()
     kind = source_kind(data)
+    if data == "python": return _python()
     if kind == "embedded": refuse("data", repr(data), "texts: python, a folder, or owner/name on the hub")
     if kind == "hub":
         import datasets
