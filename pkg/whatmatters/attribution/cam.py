@@ -34,12 +34,14 @@ def map_layer(
     return found[-1]
 
 # %% ../../../nbs/attribution/07_cam.ipynb #_places
+def _check_grid(grid):
+    if grid is not None and (not isinstance(grid, (tuple, list)) or len(grid) != 2): refuse("grid", grid, "height and width")
+
 PLACELESS = 0, 1, 2, 5 # tokens in front of the grid: none, class, class and distillation, class and four registers
 
 def _grid_of(tokens, x, grid):
     "Height and width of the grid that the last of so many tokens stand on."
     if grid is not None:
-        if len(grid) != 2: refuse("grid", grid, "height and width")
         if tokens - check_count("grid", grid[0]) * check_count("grid", grid[1]) not in PLACELESS: refuse("grid", tuple(grid), f"one of the {tokens} tokens but for {', '.join(map(str, PLACELESS))} of them")
         return tuple(grid)
     tall, wide = (side // gcd(*x.shape[2:]) for side in x.shape[2:])
@@ -72,7 +74,7 @@ def _cam(rule, f, x, layer, args, call, grid, chunk, raw, gradients=True):
     "Maps by a rule: activations, gradients (B, C, h, w), images and arguments of a chunk -> (B, 1, h, w)."
     if x.ndim != 4: refuse("x", f"shape {tuple(x.shape)}", "images (B, C, H, W)")
     if not isinstance(layer, torch.nn.Module): refuse("layer", repr(layer), "a module that f calls, such as module_of(network, name)")
-    check_inputs("x", x), _args(args, x)
+    check_inputs("x", x), _args(args, x), _check_grid(grid)
     def step(rows):
         some, extra = x[rows], tuple(a[rows] for a in args)
         if gradients: _, h, g = layer_gradients(f, some, layer, extra, call)
@@ -122,7 +124,7 @@ def grad_cam_plus_plus(
     "Grad-CAM++ (Chattopadhay et al. 2018, arXiv:1710.11063). Costs what Grad-CAM does."
     if not 0 <= eps < float("inf"): refuse("eps", eps, "a number >= 0")
     def rule(h, g, *_):
-        share = g ** 2 / (2 * g ** 2 + g ** 3 * h.sum((2, 3), keepdim=True) + eps)
+        share = 1 / (2 + g * h.sum((2, 3), keepdim=True) + (eps / g ** 2 if eps else 0)) # over g ** 2, which may be too small a number
         return _sum(torch.where(g > 0, share * g, 0).sum((2, 3), keepdim=True), h)
     return _cam(rule, f, x, layer, args, call, grid, chunk, raw)
 
@@ -254,6 +256,7 @@ def similarity_map(
     grid=None,       # height and width of the tokens' grid, the last of the tokens
 )->Tensor:           # cosine similarity, (B, 1, h, w)
     "Similarity of a query to every place (Qian et al. 2024, arXiv:2412.17741, on what a segmentation token attends to). No model calls."
+    _check_grid(grid)
     if features.ndim == 3:
         if grid is None or grid[0] * grid[1] > features.shape[1]: refuse("grid", grid, f"height and width of a grid of at most {features.shape[1]} tokens")
         features = features[:, -grid[0] * grid[1]:].mT.unflatten(2, tuple(grid))
