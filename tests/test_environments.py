@@ -131,6 +131,7 @@ def test_few_rows_that_are_alike_are_not_poor_overlap():
     assert shapley(value).scores.tolist() == pytest.approx([1 / 3] * 3)  # no weight accuses anybody
 
 
+@pytest.mark.filterwarnings("ignore:poor overlap")
 def test_resamples_of_few_rows_have_something_to_learn_from():
     source, target = ({"a": world(4, s)["a"]} for s in (0, 1))
     for seed in range(5): assert e.shift_attribution(source, target, (torch.zeros(4), torch.ones(4)), {"a": []}, classifier=LogisticRegression(), folds=2, resamples=20, generator=seed).scores.tolist() == pytest.approx([1.])
