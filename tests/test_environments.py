@@ -93,25 +93,25 @@ def test_same_seed_same_bits_and_any_chunk():
         torch.testing.assert_close(e.shift_value(**given)(masks), e.shift_value(**given, chunk=1)(masks))
 
 
-@pytest.mark.parametrize("normalise,spread", list(product((True, False), ("alone", "even", None))))
-def test_the_game(normalise, spread):
+@pytest.mark.parametrize("normalise,complete", list(product((True, False), repeat=2)))
+def test_the_game(normalise, complete):
     source, target = world(300, 0), world(200, 1, .3)
     loss, ratios = (torch.rand(300, generator=seeded(2)), torch.rand(200, generator=seeded(3))), .3 * torch.randn(300, 3, generator=seeded(4)).double()
-    value = e.shift_value(source, target, loss, CHAIN, ratios=ratios, normalise=normalise, spread=spread)
+    value = e.shift_value(source, target, loss, CHAIN, ratios=ratios, normalise=normalise, complete=complete)
     total = float(loss[1].double().mean() - loss[0].double().mean())
     def weighted(mask):
         w = ratios[:, list(mask)].sum(1).exp()
         return float((w * loss[0]).sum() / (w.sum() if normalise else 300)) - float(loss[0].double().mean()), float(w.sum() ** 2 / w.square().sum())
-    alone = [1. if spread == "even" else abs(weighted([i == j for j in range(3)])[0]) for i in range(3)]
+    alone = [abs(weighted([i == j for j in range(3)])[0]) for i in range(3)]
     gap = total - weighted([True] * 3)[0]
     assert value.gap == pytest.approx(gap) and value.total == pytest.approx(total)
     for mask in product((False, True), repeat=3):
         wanted, rows = weighted(mask)
-        if spread: wanted += gap * sum(a for a, m in zip(alone, mask) if m) / sum(alone)
+        if complete: wanted += gap * sum(a for a, m in zip(alone, mask) if m) / sum(alone)
         assert float(value(torch.tensor([mask]))[0]) == pytest.approx(wanted, abs=1e-12) and float(value.effective(torch.tensor([mask]))[0]) == pytest.approx(rows)
     torch.testing.assert_close(shapley(value).scores, kernel_shap(value, 8).scores)
-    assert float(shapley(value).scores.sum()) == pytest.approx(total if spread else total - gap)
-    if normalise: torch.testing.assert_close(value(torch.eye(3).bool()), e.shift_value(source, target, loss, CHAIN, ratios=ratios + 7, spread=spread)(torch.eye(3).bool()))
+    assert float(shapley(value).scores.sum()) == pytest.approx(total if complete else total - gap)
+    if normalise: torch.testing.assert_close(value(torch.eye(3).bool()), e.shift_value(source, target, loss, CHAIN, ratios=ratios + 7, complete=complete)(torch.eye(3).bool()))
 
 
 def test_few_effective_rows_are_said():
@@ -124,11 +124,31 @@ def test_few_effective_rows_are_said():
     with pytest.warns(UserWarning, match=r"of 300 source rows fewer than 50 count with the weights of b \(1\), all together \(1\)"): e.shift_value(source, target, loss, CHAIN, ratios=ratios)
 
 
+def test_few_rows_that_are_alike_are_not_poor_overlap():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value = e.shift_value(world(30, 0), world(30, 1), (torch.zeros(30), torch.ones(30)), CHAIN, ratios=torch.zeros(30, 3))
+    assert shapley(value).scores.tolist() == pytest.approx([1 / 3] * 3)  # no weight accuses anybody
+
+
+@pytest.mark.filterwarnings("ignore:poor overlap")
+def test_resamples_of_few_rows_have_something_to_learn_from():
+    source, target = ({"a": world(4, s)["a"]} for s in (0, 1))
+    for seed in range(5): assert e.shift_attribution(source, target, (torch.zeros(4), torch.ones(4)), {"a": []}, classifier=LogisticRegression(), folds=2, resamples=20, generator=seed).scores.tolist() == pytest.approx([1.])
+
+
+def test_levels_of_one_environment_and_constants():
+    source, target = pd.DataFrame({"place": ["city", "village"] * 50, "flat": 1.}), pd.DataFrame({"place": ["city", "island"] * 40, "flat": 1.})
+    logs = e.mechanism_ratios(source, target, {"place": [], "flat": ["place"]}, classifier=LogisticRegression(C=100), clip=50)
+    assert logs[::2, 0].abs().mean() < .2 and (logs[1::2, 0] < -3).all() and logs[:, 1].abs().max() < .2
+
+
 def test_environments_that_do_not_fit():
     source, target, loss = world(100, 0), world(100, 1), (torch.zeros(100), torch.ones(100))
-    for bad, message in ((dict(source={}), "target: got the columns"), (dict(source={**source, "a": source["a"][1:]}), "source: got columns of 99"), (dict(target={**target, "a": target["a"][:, None].expand(-1, 2)}), "target: got 2 numbers per row"),
+    for bad, message in ((dict(source={}), "source: got no columns"), (dict(source={**source, "a": source["a"][1:]}), "source: got columns of 99"), (dict(target={**target, "a": target["a"][:, None].expand(-1, 2)}), "target: got 2 numbers per row"),
                          (dict(blocks={"d": ["a"]}), "blocks: got 'd'"), (dict(blocks={"a": []}), "blocks: got no columns"), (dict(ratios=torch.full((100, 3), float("nan"))), "ratios: got 300 NaN"),
-                         (dict(ratios=torch.zeros(100, 3), folds=3), "options: got folds"), (dict(chunk=0), "chunk: got 0"), (dict(classifier="trees"), "classifier: got 'trees'")):
+                         (dict(ratios=torch.zeros(100, 3), folds=3), "options: got folds"), (dict(chunk=0), "chunk: got 0"), (dict(classifier="trees"), "classifier: got 'trees'"), (dict(classifier=LogisticRegression), "classifier: got <class"),
+                         (dict(source=torch.zeros(100, 3)), "source: got Tensor"), (dict(target=torch.zeros(100, 3)), "target: got Tensor")):
         with pytest.raises(ValueError, match=message): e.shift_value(**{**dict(source=source, target=target, loss=loss, graph=CHAIN), **bad})
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from .coalitions import banzhaf, shapley
+from .coalitions import shapley
 from ..core.values import check_broadcast, check_count, check_finite, refuse, seeded, values_of
 
 # %% ../../../nbs/attribution/10_environments.ipynb #_encode
@@ -32,6 +32,7 @@ def _encode(name, source, target):
 
 def _rows(argument, environment):
     "How many rows an environment has."
+    if not hasattr(environment, "keys"): refuse(argument, type(environment).__name__, "a data frame, or a dictionary of tensors, one per column")
     if not len(list(environment)): refuse(argument, "no columns", "a data frame, or a dictionary of tensors, one per column")
     counts = {str(n): len(environment[n]) for n in environment}
     if len(set(counts.values())) > 1: refuse(argument, f"columns of {', '.join(f'{c} ({n})' for n, c in counts.items())} rows", "as many rows in each")
@@ -41,10 +42,11 @@ def _rows(argument, environment):
 def _mechanisms(source, target, graph, blocks, folds):
     "The numbers of each node in both environments, (N + M, D), and where the target's begin; refuses what is no graph over the columns."
     if not isinstance(graph, dict) or not graph: refuse("graph", repr(graph), "a dictionary {node: its parents}")
+    rows = {argument: _rows(argument, e) for argument, e in (("source", source), ("target", target))}
     blocks, columns = blocks or {}, list(source)
     if set(columns) != set(target): refuse("target", f"the columns {', '.join(map(str, target))}", f"those of the source: {', '.join(map(str, columns))}")
-    for argument, e in (("source", source), ("target", target)):
-        if (n := _rows(argument, e)) < 2 * folds: refuse(argument, f"{n} rows", f"at least {2 * folds}, two for each of {folds} folds")
+    for argument, n in rows.items():
+        if n < 2 * folds: refuse(argument, f"{n} rows", f"at least {2 * folds}, two for each of {folds} folds")
     for node, parents in graph.items():
         if isinstance(parents, str) or not hasattr(parents, "__iter__"): refuse("graph", f"{parents!r} as the parents of {node}", "a list of nodes")
         if odd := [p for p in parents if p not in graph]: refuse("graph", f"{odd[0]!r}, a parent of {node}", f"parents among the nodes {', '.join(map(str, graph))}")
@@ -59,7 +61,7 @@ def _mechanisms(source, target, graph, blocks, folds):
     if twice := [c for c in owned if owned.count(c) > 1]: refuse("blocks", f"the column {twice[0]} in more than one node", "every column in one")
     if left := [c for c in columns if c not in owned]: refuse("graph", f"no node with the column {left[0]}", "every column in some node; a column that plays no part is to be dropped first")
     encoded = {c: _encode(c, source[c], target[c]) for c in columns}
-    return {node: np.concatenate([encoded[c] for c in own], 1) for node, own in parts.items()}, _rows("source", source)
+    return {node: np.concatenate([encoded[c] for c in own], 1) for node, own in parts.items()}, rows["source"]
 
 # %% ../../../nbs/attribution/10_environments.ipynb #_log_ratios
 def _log_ratios(graph, numbers, new, fold, classifier, clip):
@@ -82,7 +84,18 @@ def _log_ratios(graph, numbers, new, fold, classifier, clip):
 
 def _folds(rows, folds, generator):
     "Fold of each row, balanced within each environment."
-    return np.concatenate([(torch.randperm(n, generator=generator) % folds).numpy() for n in rows])
+    return np.concatenate([(torch.randperm(n, generator=generator, device=generator.device) % folds).cpu().numpy() for n in rows])
+
+def _resample(rows, fold, generator):
+    "Rows of each environment drawn with replacement, as indices of both together; each in two folds at least, so that there is always something to learn from."
+    start, drawn = 0, []
+    for n in rows:
+        while True:
+            at = start + torch.randint(n, (n,), generator=generator, device=generator.device).cpu().numpy()
+            if len(np.unique(fold[at])) > 1: break
+        drawn.append(at)
+        start += n
+    return np.concatenate(drawn)
 
 def _classifier(classifier, clip):
     "The classifier to fit: what is given, or small boosted trees."
@@ -90,7 +103,7 @@ def _classifier(classifier, clip):
     if classifier is None:
         from sklearn.ensemble import HistGradientBoostingClassifier
         return HistGradientBoostingClassifier(max_iter=60, max_leaf_nodes=8, random_state=0)
-    if not hasattr(classifier, "fit") or not hasattr(classifier, "predict_proba"): refuse("classifier", repr(classifier), "a scikit-learn classifier with predict_proba")
+    if isinstance(classifier, type) or not hasattr(classifier, "fit") or not hasattr(classifier, "predict_proba"): refuse("classifier", repr(classifier), "a scikit-learn classifier with predict_proba")
     return classifier
 
 # %% ../../../nbs/attribution/10_environments.ipynb #mechanism_ratios
@@ -112,7 +125,6 @@ def mechanism_ratios(
 
 # %% ../../../nbs/attribution/10_environments.ipynb #_game
 LEAST_ROWS, LEAST_SHARE = 50, .02 # effective rows below which overlap is called poor
-SPREAD = ("alone", "even", None)
 
 def _losses(loss, rows):
     "Losses of both environments in double precision."
@@ -121,7 +133,7 @@ def _losses(loss, rows):
         if getattr(t, "shape", None) != (n,): refuse("loss", f"shape {tuple(getattr(t, 'shape', ()))} for the {where}", f"({n},), one per row of it")
     return [check_finite("loss", torch.as_tensor(t).double()) for t in loss]
 
-def _game(logs, loss, normalise, spread, chunk=None):
+def _game(logs, loss, normalise, complete, chunk=None):
     "The value function of given log-weights (N, P) and losses (N,), (M,)."
     old, count, step = loss[0].mean(), logs.shape[1], chunk or max(1, 2 ** 22 // len(logs))
     total = loss[1].mean() - old
@@ -136,15 +148,15 @@ def _game(logs, loss, normalise, spread, chunk=None):
         values = torch.cat([weighted(part) for part in masks.split(step)])
         return torch.where(masks.any(1), values + masks.to(logs.dtype) @ parts, 0.)
     alone, gap = weighted(torch.eye(count, device=logs.device)).abs(), total - weighted(torch.ones(1, count))[0]
-    if spread == "even" or not alone.sum() > 0: alone = torch.ones_like(alone)
-    parts = 0 * alone if spread is None else gap * alone / alone.sum()
+    if not alone.sum() > 0: alone = torch.ones_like(alone) # no weight tells anything
+    parts = complete * gap * alone / alone.sum()
     value.players, value.effective, value.total, value.gap = count, effective, float(total), float(gap)
     return value
 
 def _warn(value, names, rows):
     "Warn of mechanisms that hardly overlap; effective rows of each alone and of all together."
     each = value.effective(torch.cat([torch.eye(value.players, dtype=torch.bool), torch.ones(1, value.players, dtype=torch.bool)]))
-    least = max(LEAST_ROWS, LEAST_SHARE * rows)
+    least = max(min(LEAST_ROWS, rows / 2), LEAST_SHARE * rows) # few rows are no poor overlap
     poor = [f"{name} ({e:.0f})" for name, e in zip([*names, "all together"], each.tolist()) if e < least]
     if poor: warnings.warn(f"poor overlap: of {rows} source rows fewer than {least:.0f} count with the weights of {', '.join(poor)}; their values are mostly noise", stacklevel=3)
     return each
@@ -158,7 +170,7 @@ def shift_value(
     blocks:dict|None=None, # {node: its columns}; a node that is not in it is the column of its name
     ratios:Tensor|None=None,# log-weights (N, P), from `mechanism_ratios` or known; None: estimated here
     normalise:bool=True,   # divide by the mean weight of each coalition
-    spread:str|None="alone",# who takes what the weights miss of the observed change: "alone" (in proportion to what each does alone), "even", or None: it is left out
+    complete:bool=True,    # share out also what the weights miss of the observed change, in proportion to what each mechanism does alone; False: leave it out
     chunk:int|None=None,   # coalitions at a time; None: as many as make 4 million weights
     **options,             # `classifier`, `folds`, `clip` and `generator` of `mechanism_ratios`
 ):                         # `value(masks)`: boolean masks (M, P), True where a mechanism is the target's, to (M,); with `players`, `names`, `ratios`, `total`, `gap` and `effective(masks)`
@@ -169,9 +181,8 @@ def shift_value(
     rows = _rows("source", source), _rows("target", target)
     if ratios.shape != (rows[0], len(graph)): refuse("ratios", f"shape {tuple(ratios.shape)}", f"({rows[0]}, {len(graph)}), a column per mechanism")
     loss = _losses(loss, rows)
-    if spread not in SPREAD: refuse("spread", repr(spread), f"one of {SPREAD}")
     if chunk is not None: check_count("chunk", chunk)
-    value = _game(check_finite("ratios", ratios).to(loss[0]), loss, normalise, spread, chunk)
+    value = _game(check_finite("ratios", ratios).to(loss[0]), loss, normalise, complete, chunk)
     _warn(value, graph, rows[0])
     value.names, value.ratios = tuple(graph), ratios
     return value
@@ -179,7 +190,7 @@ def shift_value(
 # %% ../../../nbs/attribution/10_environments.ipynb #ShiftAttribution
 class ShiftAttribution(NamedTuple):
     "Who is to blame for a change of the mean loss, and how sure that is."
-    scores: Tensor    # share of each mechanism, (P,), in units of the loss; they sum to `total`
+    scores: Tensor    # share of each mechanism, (P,), in units of the loss; they sum to `total`, or with `complete=False` to `total` less `gap`
     low: Tensor       # interval of each, (P,)
     high: Tensor
     names: tuple      # nodes of the graph, in this order
@@ -199,7 +210,7 @@ def shift_attribution(
     refit:bool=True,       # fit the classifiers again for each; False: faster, and too narrow
     level:float=.95,       # coverage
     normalise:bool=True,   # divide by the mean weight of each coalition
-    spread:str|None="alone",# who takes what the weights miss of the observed change: "alone" (in proportion to what each does alone), "even", or None: it is left out
+    complete:bool=True,    # share out also what the weights miss of the observed change, in proportion to what each mechanism does alone; False: leave it out
     classifier=None, folds:int=5, clip:float=100., # as for `mechanism_ratios`
     generator=None,        # generator or seed of folds and resampling; None: seed 0
 )->ShiftAttribution:
@@ -207,19 +218,18 @@ def shift_attribution(
     from scipy.stats import t as student
     if not 0 < level < 1: refuse("level", level, "a share in (0, 1)")
     check_count("resamples", resamples, 2)
-    if spread not in SPREAD: refuse("spread", repr(spread), f"one of {SPREAD}")
     generator, classifier = seeded(generator), _classifier(classifier, clip)
     numbers, n = _mechanisms(source, target, graph, blocks, check_count("folds", folds, 2))
     rows = n, _rows("target", target)
     loss, new, fold = _losses(loss, rows), np.arange(sum(rows)) >= n, _folds(rows, folds, generator)
     logs = _log_ratios(graph, numbers, new, fold, classifier, clip)
-    value = _game(logs.to(loss[0].device), loss, normalise, spread)
+    value = _game(logs.to(loss[0].device), loss, normalise, complete)
     each, again = _warn(value, graph, n), []
     for _ in range(resamples):
-        a, b = (torch.randint(m, (m,), generator=generator) for m in rows)
-        drawn, at = [l[i.to(l.device)] for l, i in zip(loss, (a, b))], torch.cat([a, n + b]).numpy()
-        own = _log_ratios(graph, {k: x[at] for k, x in numbers.items()}, new, fold[at], classifier, clip) if refit else logs[a]
-        again.append(estimator(_game(own.to(drawn[0].device), drawn, normalise, spread)).scores)
+        at = _resample(rows, fold, generator)
+        drawn = [l[torch.from_numpy(i).to(l.device)] for l, i in zip(loss, (at[:n], at[n:] - n))]
+        own = _log_ratios(graph, {k: x[at] for k, x in numbers.items()}, new, fold[at], classifier, clip) if refit else logs[at[:n]]
+        again.append(estimator(_game(own.to(drawn[0].device), drawn, normalise, complete)).scores)
     scores = estimator(value).scores
     room = torch.stack(again).std(0) * float(student.ppf((1 + level) / 2, resamples - 1))
     return ShiftAttribution(scores, scores - room, scores + room, tuple(graph), value.total, value.gap, each[:-1])
@@ -260,13 +270,13 @@ def modality_value(
     return value
 
 # %% ../../../nbs/attribution/10_environments.ipynb #_by_subset
-def _by_subset(value, names, players):
+def _by_subset(value, names):
     "Names, masks (2 ** M, M) and performances (2 ** M, N) of all subsets, nobody first."
     given = isinstance(value, dict)
     if given:
         known = {frozenset((k,) if isinstance(k, str) else k): v for k, v in value.items()}
         names = names or tuple(dict.fromkeys(n for k in value for n in ((k,) if isinstance(k, str) else k)))
-    count = len(names) if names else getattr(value, "players", None) or players
+    count = len(names) if names else getattr(value, "players", None)
     if count is None: refuse("names", None, "the modalities' names: this value function does not say how many it has")
     if getattr(value, "players", count) != count: refuse("names", f"{count} of them", f"{value.players}, as many as the value function has")
     if not 2 <= count <= 10: refuse("value", f"{count} modalities", "from 2 to 10: with one there is nothing to compare")
@@ -297,15 +307,11 @@ def modality_importance(
     nobody:bool=True,# count the subset of nobody among those without a modality; False: leave it out, for M - 1 >= 1 others remain
 )->Modalities:
     "Modality importance scores (Park et al. 2024, arXiv:2408.12763; whether nobody counts there we could not make sure): Banzhaf values per item. 2 ** M N forward passes."
-    names, masks, table = _by_subset(value, names, None)
-    place = 2 ** torch.arange(len(names))
-    look_up = lambda row: lambda m: row[(m.long() * place).sum(1)]
-    # Banzhaf values are linear in the game: their matrix, once, serves any number of items
-    matrix = torch.stack([banzhaf(look_up(row), len(names)).scores for row in torch.eye(len(masks), dtype=torch.float64)], 1)
-    if not nobody:
-        matrix[:, 0] = 0
-        matrix = torch.where(matrix < 0, matrix * 2 ** (len(names) - 1) / (2 ** (len(names) - 1) - 1), matrix)
-    return Modalities((matrix.to(table) @ table), table, masks, names)
+    names, masks, table = _by_subset(value, names)
+    has, lacks = masks.T.to(table), (~masks).T.to(table) # (M, 2 ** M)
+    if not nobody: lacks[:, 0] = 0
+    mean = has / has.sum(1, keepdim=True) - lacks / lacks.sum(1, keepdim=True)
+    return Modalities(mean @ table, table, masks, names)
 
 # %% ../../../nbs/attribution/10_environments.ipynb #modality_kinds
 def modality_kinds(
