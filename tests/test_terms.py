@@ -2,11 +2,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 import networkx
 import numpy as np
 import pytest
 from scipy import sparse
 from whatmatters.attribution.terms import centroid, lexrank, page_rank, sentence_graph, stable_topics, summarise, textrank, tf_idf, weighted_keywords, word_counts
+from whatmatters.core import experiments
 from whatmatters.core.texts import load_referenced, sentences_of
 
 TEXTS = load_referenced("python").texts
@@ -120,3 +122,8 @@ print(json.dumps([time.process_time() - began, high]))
 def test_ten_thousand_sentences_take_seconds_and_less_than_a_gigabyte(kind):
     seconds, memory = json.loads(subprocess.run([sys.executable, "-c", LONG, kind], check=True, capture_output=True, text=True).stdout)
     assert seconds < 30 and memory < 1000
+
+
+def test_the_benchmark_runs(tmp_path):
+    path = Path(__file__).parent.parent/"nbs/benchmarks/summaries.ipynb"
+    assert experiments.run(str(path), given=dict(clusters=2, sentences=100), out=tmp_path, engine="warm")[1]
