@@ -117,6 +117,33 @@ def test_cf_cam_by_a_loop(net, x):
     assert clustered
 
 
+@pytest.mark.parametrize("least", [1, 3, 6])
+def test_clusters_of_many_images_are_those_of_dbscan(least):
+    "Also which cluster a border point between two joins; and many images are one by one when their distances are large."
+    points = torch.rand(20, 40, 2, generator=torch.Generator().manual_seed(least))
+    distance = torch.cdist(points, points)
+    found = cam._clusters(distance <= .12, least)
+    for d, labels in zip(distance.double().numpy(), found):
+        wanted = DBSCAN(eps=.12, min_samples=least, metric="precomputed").fit_predict(d)
+        _, ours = np.unique(labels.numpy(), return_inverse=True)
+        assert np.array_equal(ours - (labels.min() < 0).item(), wanted)
+    places = torch.tensor([0., 1, 2, 3, 13, 23, 24, 25, 26]) # 13 is no core point, and near one of either cluster
+    shuffled = torch.stack([places[torch.randperm(9, generator=torch.Generator().manual_seed(s))] for s in range(20)])
+    for at, labels in zip(shuffled, cam._clusters((shuffled[:, :, None] - shuffled[:, None]).abs() <= 10, 4)):
+        wanted = DBSCAN(eps=10, min_samples=4).fit_predict(at[:, None].numpy())
+        assert np.array_equal(np.unique(labels.numpy(), return_inverse=True)[1], wanted) and set(wanted) == {0, 1}
+
+
+def test_cf_cam_with_many_channels_takes_one_image_at_a_time():
+    h = torch.rand(3, 2100, 2, 2)
+    f, layer, sizes = lambda x: (layer(x) ** 2).mean((1, 2, 3)), nn.Identity(), []
+    inner, cam._filtered = cam._filtered, lambda w, *rest: sizes.append(len(w)) or inner(w, *rest)
+    try: every = cam.cf_cam(f, h, layer, eps=.05, raw=True)
+    finally: cam._filtered = inner
+    assert sizes == [1, 1, 1]
+    close(every[1:2], cam.cf_cam(f, h[1:2], layer, eps=.05, raw=True), 1e-4)
+
+
 @named
 def test_many_images_are_each_by_itself_whatever_the_chunk(net, x, method):
     f = class_value(net)
@@ -199,6 +226,14 @@ def test_a_flat_map_is_zero(net, x):
     assert not cam.eigen_cam(lambda x: net.first(x).sum((1, 2, 3)), torch.zeros_like(x), net.first).any()
 
 
+def test_grad_cam_plus_plus_of_a_tiny_gradient(net, x):
+    "Its square is zero in single precision; without `eps` the weights tend to half the sum of the positive gradients."
+    net.out.weight.mul_(1e-25)
+    h, g = parts(net, x, CLASSES)
+    found = cam.grad_cam_plus_plus(class_value(net), x, net.layer, eps=0., args=(CLASSES,), raw=True)
+    close(found * 1e25, ((g * 1e25).clamp_min(0).sum((2, 3), keepdim=True) / 2 * h).sum(1, keepdim=True), 1e-4)
+
+
 @pytest.mark.parametrize("registers", [0, 4])
 def test_transformers_vit(registers):
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification, ViTConfig, ViTForImageClassification
@@ -249,7 +284,8 @@ def test_bad_input(net, x):
         refused("x: got shape", method, f, x[0], net.layer)
         refused("x: got .* NaN", method, f, x.where(x > .5, torch.nan), net.layer)
         refused(r"args\[0\]", method, f, x, net.layer, args=(CLASSES[:3],))
-        refused("grid: got", method, f, x, net.layer, grid=(3, 3))
+        for grid in ((3, 3), 3, (3,)): refused("grid: got", method, f, x, net.layer, grid=grid)
+        refused(r"args\[0\]: got NoneType; want 7 rows", method, f, x, net.layer, args=(None,))
         refused("chunk: got 0", method, f, x, net.layer, chunk=0)
         refused("more than a single place", method, lambda x, c: net.out(pool(net.layer(net.first(x))).flatten(1))[:, 0], x, pool := nn.AdaptiveAvgPool2d(1))
     refused("f: got values of shape", cam.grad_cam, lambda x, c: net(x), x, net.layer)
@@ -277,7 +313,7 @@ def test_similarity_and_points():
     for m, h, l in zip(found[:, 0], high, low):
         assert [m[tuple(p)].item() for p in h] == sorted(m.flatten().tolist())[::-1][:2]
         assert [m[tuple(p)].item() for p in l] == sorted(m.flatten().tolist())[:4]
-    for wrong in (lambda: cam.similarity_map(tokens, query), lambda: cam.similarity_map(features, query[:, :3]), lambda: cam.map_points(found, 15, 6), lambda: cam.map_points(found[:, 0]),
+    for wrong in (lambda: cam.similarity_map(tokens, query), lambda: cam.similarity_map(tokens, query, (4,)), lambda: cam.similarity_map(tokens, query, (5, 5)), lambda: cam.similarity_map(features, query[:, :3]), lambda: cam.map_points(found, 15, 6), lambda: cam.map_points(found[:, 0]),
                   lambda: cam.attended(tokens, torch.rand(3, 22)), lambda: cam.attended(tokens, -torch.rand(3, 20)), lambda: cam.boost_lu(found, 1.)):
         with pytest.raises(ValueError, match="got .*; want "): wrong()
 

@@ -94,6 +94,23 @@ def test_additive_is_the_best_of_its_kind(table):
         assert risk(other) > start
 
 
+def test_additive_sees_few_rows_at_a_time(table, monkeypatch):
+    x, y = table
+    most, basis = [], f.KAN.basis
+    monkeypatch.setattr(f.KAN, "basis", lambda self, x: (most.append(len(x)), basis(self, x))[1])
+    a, b = f.fit_additive(x, y + 1e4), f.fit_additive(x, y + 1e4, chunk=70)
+    assert max(most[1:]) == 70 and sum(most[1:]) == 800
+    close(a(x) - 1e4, b(x) - 1e4, atol=5e-3)
+    close(f.fit_additive(x.double(), y.double(), chunk=70)(x.double()), f.fit_additive(x.double(), y.double())(x.double()))
+
+
+def test_knockouts_in_double_precision(kan):
+    kan, x, y = kan.double(), torch.randn(200, 6).double(), torch.randint(3, (200,))
+    value = f.knockout_value(kan, x, y)(torch.ones(1, 6).bool())
+    assert value.dtype == torch.float64
+    close(value[0], -nn.functional.cross_entropy(kan(x), y), rtol=1e-12)
+
+
 def test_a_constant_feature_has_no_importance(table):
     x, y = table
     x = torch.cat([x, torch.full((800, 1), 3.)], 1)
@@ -184,7 +201,14 @@ def test_triangles_by_hand():
 
 def test_bad_input(kan):
     x, y = torch.randn(50, 6), torch.randint(3, (50,))
-    with pytest.raises(ValueError, match="widths: got .6.; want the number of features"): f.KAN((6,))
+    for widths in ((6,), 6):
+        with pytest.raises(ValueError, match="widths: got .6.; want the number of features"): f.KAN(widths)
+    with pytest.raises(ValueError, match="x: got torch.int64"): f.bspline_basis(torch.arange(3), torch.tensor([0., 1, 2, 3]))
+    with pytest.raises(ValueError, match="x: got 5 columns; want 6"): kan.edges(x[:, :5])
+    with pytest.raises(ValueError, match="x: got ndarray"): f.kan_importance(kan, x.numpy())
+    with pytest.raises(ValueError, match="network: got outputs of shape .50,."): f.knockout_value(lambda x: x[:, 0], x, x[:, 0])(torch.ones(1, 6).bool())
+    for name, bad in (("hidden", 5), ("seeds", 3)):
+        with pytest.raises(ValueError, match=f"{name}: got {bad}; want a list"): f.fit_kan(x, x[:, 0], **{name: bad})
     with pytest.raises(ValueError, match="degree: got 0"): f.KAN((6, 1), degree=0)
     with pytest.raises(ValueError, match="grid: got 0"): f.KAN((6, 1), grid=0)
     with pytest.raises(ValueError, match="grid: got .* NaN"): f.KAN((6, 1), grid=torch.tensor([0., float("nan")]))

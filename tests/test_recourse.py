@@ -211,3 +211,56 @@ def test_reasons():
     named = torch.tensor([[4., 3, 2, 1]]).expand(2, -1)
     assert reasons_without_recourse(named, scores, 2).tolist() == [.5, 1]
     assert reasons_without_recourse(scores, scores, 2).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_of_a_tenth_are_decimal_numbers(dtype):
+    "Neither the noise of 0.1 nor that of single precision loses a step, a bound or a rule."
+    table = pd.DataFrame(dict(rate=[0., .9], years=[0, 9], pay=[0., 39.9]))
+    x, asked = torch.tensor([[.3, 3, .7], [.9, 9, 39.9]], dtype=dtype), lambda p: p[:, [0, 1]].mul(10).round().long().tolist()
+    actions = ActionSet(table).let("rate", step=.1).link("rate", "years", 10).implies(("years", "==", 7), ("pay", "==", 5))
+    down, up = ([[r, 10 * r] for r in values] for values in (range(3), range(4, 10)))
+    found = reachable(actions, x[0], "rate")
+    assert sorted(asked(found)) == down + up and (found[:, 1] == found[:, 1].round()).all() and found[found[:, 1] == 7, 2].tolist() == [5]
+    tenths = torch.tensor([0, .1, .2, .4, .5, .6, .7, .8, .9], dtype=dtype)
+    torch.testing.assert_close(found[:, 0], tenths, rtol=1e-6 if dtype == torch.float32 else 0, atol=0) # the bounds to the last bit
+    assert found[0, 0] == 0 and found[-1, 0] == tenths[-1]
+    assert responsiveness(lambda x: x[:, 0] == 0, x, actions).scores[0, 0] == pytest.approx(1 / 9)
+    needs = ActionSet(table).implies(("rate", "<=", .3), ("pay", "<=", .7), effect=False).let("pay", "up", high=39.9)
+    assert len(reachable(needs, x[0], "years")) == 9 and not len(reachable(needs, x[0], "pay")) and not len(reachable(needs, x[1], "pay"))
+    assert best_linear(torch.ones(3), x[1:], ActionSet(table)).item() == pytest.approx(49.8)
+
+
+def test_bounds_of_small_numbers_hold():
+    table = pd.DataFrame(dict(a=[0., 1e-7], b=[0., 2.5e-7]))
+    actions = ActionSet(table).link("a", "b", 1.)
+    points = reachable(actions, torch.tensor([0., 2e-7], dtype=torch.float64), "a", samples=200)
+    assert len(points) == 200 and points[:, 1].max() <= 2.5001e-7 # a moves b, which binds first
+
+
+def test_people_are_scored_as_if_each_came_alone():
+    actions, spec, bounds = random_set(5)
+    x, f = torch.tensor(people_of(spec, bounds, 40, 3), dtype=torch.float64), lambda x: (x[:, 0] + x[:, 3] + x[:, 7] > 4)
+    together, alone = responsiveness(f, x, actions), [responsiveness(f, p[None], actions) for p in x]
+    for k in range(5): assert torch.equal(together[k], torch.cat([a[k] for a in alone]))
+    drawn = responsiveness(f, x, actions, method="sample", samples=30, weights={"hours": lambda new, now: (new != now + 1) * .5})
+    assert (drawn.points[(together.points > 0)] <= 30).all() and (drawn.points[:, 3] == 30 * (together.points[:, 3] > 0)).all()
+    assert ((drawn.low <= together.scores) & (together.scores <= drawn.high))[:, [0, 1, 3, 5, 6, 7, 8, 9]].double().mean() > .93
+
+
+@pytest.mark.parametrize("said, message", [(lambda x: torch.sigmoid(x[:, 0]), "predict: got scores such as 0.*want labels, or scores with"), (lambda x: (x[:, 0] > 1).numpy(), "predict: got ndarray of shape"),
+                                           (lambda x: x, "predict: got Tensor of shape .* want a tensor of shape")])
+def test_predictions_that_are_no_labels(said, message):
+    actions = ActionSet(pd.DataFrame(dict(a=[0., 1.5], b=[0, 3])))
+    for score in (responsiveness, fixed_predictions):
+        with pytest.raises(ValueError, match=message): score(said, torch.tensor([[.5, 1]]), actions)
+    assert responsiveness(lambda x: torch.sigmoid(x[:, 0]), torch.tensor([[.5, 1]]), actions, threshold=.6).scores[0, 0] > .5
+
+
+def test_wrong_kinds_are_named():
+    table = pd.DataFrame(dict(a=[0., 1.5], b=[0, 3]))
+    actions, f, x = ActionSet(table), lambda x: x[:, 0] > 1, torch.tensor([[.5, 1]])
+    for call, message in ((lambda: responsiveness(f, table, actions), "x: got DataFrame"), (lambda: responsiveness(f, x.long(), actions), "x: got torch.int64"), (lambda: responsiveness(f, x, table), "actions: got DataFrame"),
+                          (lambda: responsiveness(f, x, actions, weights=["a"]), "weights: got list"), (lambda: reachable(actions, x), "x: got Tensor of shape .1, 2.; want one person"), (lambda: actions.let(0, "up"), "names: got 0"),
+                          (lambda: actions.let("a", most=("x", 1)), "most: got 'x'"), (lambda: ActionSet(dict(a=[1])), "table: got dict"), (lambda: reasons_without_recourse(x, responsiveness(f, x, actions), 1), "scores: got Responsiveness")):
+        with pytest.raises(ValueError, match=message): call()

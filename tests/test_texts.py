@@ -1,10 +1,11 @@
 "Texts with references: the loaders on real archives, metrics against brute force and a peer."
 import itertools
 import json
+import zipfile
 from pathlib import Path
 import pytest
 import torch
-from whatmatters.core.texts import load_referenced, sentences_of, words_of
+from whatmatters.core.texts import load_referenced, sentences_of, stem, stopwords, words_of
 from whatmatters.evaluation.references import keyphrase_agreement, rouge
 
 DATA = Path(__file__).parent.parent.parent/"shared"/"data"
@@ -49,8 +50,43 @@ def test_rouge_agrees_with_sumy_where_no_word_repeats():
         assert abs(rouge([said], [[gold]], n, stems=False).recall.item() - peer) < 1e-12
 
 
+def test_sentences_lose_nothing_and_end_where_they_end():
+    for text in ('He said "Stop." Then he left.', "It works (see below.) Then it stops.", "He said “Stop.” Then he left.", "Es regnet. Über uns.", "Is it? No. It is.", "Cats, etc. They sleep.", "Vitamin C.\n\nIt helps."):
+        found = sentences_of(text)
+        assert len(found) == (3 if "?" in text else 2) and " ".join(found) == " ".join(text.split())
+    for text in ("See No. 5 and p. 12 of it.", "By J.K. Rowling.", "It is. The U.S. Army came."): assert len(sentences_of(text)) == 1 + text.startswith("It is")
+
+
+def test_words_whether_typed_or_typeset():
+    import unicodedata
+    for typed, typeset in (("don't", "don’t"), ("state-of-the-art", "state‑of‑the‑art"), ("naïve", unicodedata.normalize("NFD", "naïve"))):
+        assert words_of(typeset) == [typeset] and stem(typeset) == stem(typed) and (typed in stopwords()) == (typeset in stopwords())
+    assert words_of("snake_case Ωmega x") == ["snake", "case", "Ωmega", "x"]
+
+
+def test_rouge_splits_as_its_reference_implementation_does():
+    "Runs of letters and digits: what rouge-score and ROUGE-1.5.5 count, by hand."
+    said, gold = "The state-of-the-art TF/IDF doesn't win.", "State of the art: TF IDF doesn t lose"
+    assert rouge([said], [[gold]], stems=False).recall == 8 / 9 and rouge([said], [[gold]], stems=False).precision == 8 / 10
+    assert rouge([said], [[gold]], 2, stems=False).recall == 7 / 8
+
+
 def test_wrong_corpora_are_refused(tmp_path):
+    for i in range(20): (tmp_path/f"{i:02}.txt").touch()
+    with pytest.raises(ValueError, match=r"data: got the folder .* with 00.txt, .*07.txt, \.\.\.; want the archive"): load_referenced(str(tmp_path))
+    (tmp_path/"Hulth2003.jsonl").mkdir() # a folder of that name is no table
+    with pytest.raises(ValueError, match="the archive of Inspec"): load_referenced(str(tmp_path))
+    (tmp_path/"rows.jsonl").write_text("no json")
+    with pytest.raises(ValueError, match="data: got rows.jsonl, which cannot be read"): load_referenced(str(tmp_path))
+    for content in (b"", b"no archive"):
+        (tmp_path/"Opinosis.zip").write_bytes(content)
+        with pytest.raises(ValueError, match="data: got Opinosis.zip, which cannot be read"): load_referenced(str(tmp_path))
+    with zipfile.ZipFile(tmp_path/"Opinosis.zip", "w") as z: z.writestr("readme", "nothing")
+    with pytest.raises(ValueError, match="data: got Opinosis.zip without a single text"): load_referenced(str(tmp_path))
+    for name in tmp_path.iterdir(): name.rmdir() if name.is_dir() else name.unlink()
     with pytest.raises(ValueError, match="data: got 'digits'; want texts"): load_referenced("digits")
     with pytest.raises(ValueError, match="the archive of Inspec or Opinosis"): load_referenced(str(tmp_path))
     with pytest.raises(ValueError, match="text: got list"): sentences_of(["a"])
+    for wrong in (None, 3):
+        with pytest.raises(ValueError, match="text: got"): words_of(wrong)
     assert words_of("") == []

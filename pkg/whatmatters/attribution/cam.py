@@ -34,12 +34,14 @@ def map_layer(
     return found[-1]
 
 # %% ../../../nbs/attribution/07_cam.ipynb #_places
+def _check_grid(grid):
+    if grid is not None and (not isinstance(grid, (tuple, list)) or len(grid) != 2): refuse("grid", grid, "height and width")
+
 PLACELESS = 0, 1, 2, 5 # tokens in front of the grid: none, class, class and distillation, class and four registers
 
 def _grid_of(tokens, x, grid):
     "Height and width of the grid that the last of so many tokens stand on."
     if grid is not None:
-        if len(grid) != 2: refuse("grid", grid, "height and width")
         if tokens - check_count("grid", grid[0]) * check_count("grid", grid[1]) not in PLACELESS: refuse("grid", tuple(grid), f"one of the {tokens} tokens but for {', '.join(map(str, PLACELESS))} of them")
         return tuple(grid)
     tall, wide = (side // gcd(*x.shape[2:]) for side in x.shape[2:])
@@ -72,7 +74,7 @@ def _cam(rule, f, x, layer, args, call, grid, chunk, raw, gradients=True):
     "Maps by a rule: activations, gradients (B, C, h, w), images and arguments of a chunk -> (B, 1, h, w)."
     if x.ndim != 4: refuse("x", f"shape {tuple(x.shape)}", "images (B, C, H, W)")
     if not isinstance(layer, torch.nn.Module): refuse("layer", repr(layer), "a module that f calls, such as module_of(network, name)")
-    check_inputs("x", x), _args(args, x)
+    check_inputs("x", x), _args(args, x), _check_grid(grid)
     def step(rows):
         some, extra = x[rows], tuple(a[rows] for a in args)
         if gradients: _, h, g = layer_gradients(f, some, layer, extra, call)
@@ -122,7 +124,7 @@ def grad_cam_plus_plus(
     "Grad-CAM++ (Chattopadhay et al. 2018, arXiv:1710.11063). Costs what Grad-CAM does."
     if not 0 <= eps < float("inf"): refuse("eps", eps, "a number >= 0")
     def rule(h, g, *_):
-        share = g ** 2 / (2 * g ** 2 + g ** 3 * h.sum((2, 3), keepdim=True) + eps)
+        share = 1 / (2 + g * h.sum((2, 3), keepdim=True) + (eps / g ** 2 if eps else 0)) # over g ** 2, which may be too small a number
         return _sum(torch.where(g > 0, share * g, 0).sum((2, 3), keepdim=True), h)
     return _cam(rule, f, x, layer, args, call, grid, chunk, raw)
 
@@ -131,7 +133,7 @@ def eigen_cam(
     f,         # any function of images (B, C, H, W) and `args` that calls the layer
     x:Tensor,  # images, (B, C, H, W)
     layer,     # a module that `f` calls, as for `grad_cam`
-    args:tuple=(), call=None, grid=None, chunk=None, raw:bool=False, # as for `grad_cam`
+    args:tuple=(), call=None, grid=None, chunk=None, raw:bool=False, # as for `grad_cam`, but `call` None is the first, at which the pass ends
 )->Tensor:     # maps, (B, 1, H, W), in [0, 1]; the same for every class
     "Eigen-CAM: the first principal component of the activations (Muhammad and Yeasin 2020, arXiv:2008.00299). One forward pass as far as the layer."
     def rule(h, *_):
@@ -152,7 +154,7 @@ def score_cam(
     layer,       # a module that `f` calls, as for `grad_cam`
     channels:int|None=None, # how many channels are used, those of largest variance in each image; None: all
     chunk:int=64,# masked images per model call
-    args:tuple=(), call=None, grid=None, raw:bool=False, # as for `grad_cam`
+    args:tuple=(), call=None, grid=None, raw:bool=False, # as for `grad_cam`, but `call` None is the first
 )->Tensor:       # maps, (B, 1, H, W), in [0, 1]
     "Score-CAM (Wang et al. 2020, arXiv:1910.01279; masks are enlarged with aligned corners, as in the grad-cam package). One forward pass per image as far as the layer, and at most one per channel."
     if channels is not None: check_count("channels", channels)
@@ -191,26 +193,34 @@ def cf_cam(
     def rule(h, g, *_):
         weights = g.mean((2, 3))
         lead = top(weights.abs(), k=max(1, count_of(dominant, h.shape[1])))
-        units = normalize(h.flatten(2), dim=2)
-        new = [_filtered(w, l, u, eps, least) for w, l, u in zip(weights, lead, units)]
-        return _sum(torch.stack(new)[..., None, None], h)
+        parts = max(1, 2 ** 22 // h.shape[1] ** 2) # images whose distances are in memory together
+        new = [_filtered(w, l, normalize(a.flatten(2), dim=2), eps, least) for w, l, a in zip(*(t.split(parts) for t in (weights, lead, h)))]
+        return _sum(torch.cat(new)[..., None, None], h)
     return _cam(rule, f, x, layer, args, call, grid, chunk, raw)
 
 # %% ../../../nbs/attribution/07_cam.ipynb #_filtered
 def _filtered(weights, lead, units, eps, least):
-    "Weights of channels (C,): those of the `lead` as they are, the others smoothed within clusters of like maps (C, places), or zero."
-    from sklearn.cluster import DBSCAN
-    rest = (~lead & units.any(1)).nonzero()[:, 0]
-    new = torch.where(lead, weights, 0)
-    if not len(rest): return new
-    distance = (1 - units[rest] @ units[rest].T).clamp_min(0)
-    label = torch.from_numpy(DBSCAN(eps=eps, min_samples=least, metric="precomputed").fit_predict(distance.double().cpu().numpy())).to(rest.device)
-    same = (label[:, None] == label) & (label >= 0)
+    "Weights of channels (B, C): those of the `lead` as they are, the others smoothed within clusters of like maps (B, C, places), or zero."
+    rest, distance = ~lead & units.any(2), (1 - units @ units.mT).clamp_min(0)
+    distance.diagonal(dim1=1, dim2=2).zero_()
+    label = _clusters((distance <= eps) & rest[:, :, None] & rest[:, None], least)
+    same = (label[:, :, None] == label[:, None]) & (label >= 0)[:, None]
     kernel = same * (-distance ** 2 / (2 * eps ** 2)).exp()
-    smooth = kernel @ weights[rest] / kernel.sum(1).clamp_min(1e-12)
-    size = same.to(smooth.dtype) @ smooth.abs() / same.sum(1).clamp_min(1) # of each channel's cluster
-    new[rest] = smooth * size / weights[lead].abs().mean().clamp_min(1e-30)
-    return new
+    over = lambda matrix, values: (matrix.to(values.dtype) @ values[..., None])[..., 0]
+    smooth = over(kernel, weights) / kernel.sum(2).clamp_min(1e-12)
+    size = over(same, smooth.abs()) / same.sum(2).clamp_min(1) # of each channel's cluster
+    return torch.where(lead, weights, smooth * size / (weights.abs().where(lead, 0).sum(1, keepdim=True) / lead.sum(1, keepdim=True)).clamp_min(1e-30))
+
+def _clusters(near, least):
+    "DBSCAN of many small sets at once: numbers (B, C) from neighbours (B, C, C), itself included; -1 is noise. Its clusters are the connected parts of the core points; a border point joins the first that reaches it."
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    core, (b, c) = near.sum(2) >= least, near.shape[:2]
+    edges = (near & core[:, :, None] & core[:, None]).nonzero().cpu()
+    rows, columns = (edges[:, 0] * c + edges[:, 1]).numpy(), (edges[:, 0] * c + edges[:, 2]).numpy()
+    label = connected_components(coo_array(((rows >= 0).astype("float32"), (rows, columns)), shape=(b * c, b * c)), directed=False)[1]
+    label = torch.where(near & core[:, None], torch.from_numpy(label).to(near.device).view(b, 1, c), b * c).amin(2)
+    return label.where(label < b * c, -1)
 
 # %% ../../../nbs/attribution/07_cam.ipynb #multi_scale
 def multi_scale(
@@ -246,6 +256,7 @@ def similarity_map(
     grid=None,       # height and width of the tokens' grid, the last of the tokens
 )->Tensor:           # cosine similarity, (B, 1, h, w)
     "Similarity of a query to every place (Qian et al. 2024, arXiv:2412.17741, on what a segmentation token attends to). No model calls."
+    _check_grid(grid)
     if features.ndim == 3:
         if grid is None or grid[0] * grid[1] > features.shape[1]: refuse("grid", grid, f"height and width of a grid of at most {features.shape[1]} tokens")
         features = features[:, -grid[0] * grid[1]:].mT.unflatten(2, tuple(grid))

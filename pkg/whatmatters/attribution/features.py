@@ -23,6 +23,7 @@ def bspline_basis(
     degree:int=3, # of the pieces, at least 1
 )->Tensor:        # (..., G + degree): the value of every B-spline; they sum to 1 on the grid and fade to zero over `degree` intervals beyond
     "All B-splines on a grid, by the recursion of Cox (1972) and de Boor (1972). No model calls."
+    if not isinstance(x, Tensor) or not x.is_floating_point(): refuse("x", str(getattr(x, "dtype", type(x).__name__)), "a tensor of floating-point numbers")
     return _basis(check_finite("x", x), _knots(grid, degree), degree)
 
 # %% ../../../nbs/attribution/08_features.ipynb #_basis
@@ -53,7 +54,7 @@ class KAN(nn.Module):
         degree:int=3,      # of the splines
     ):
         super().__init__()
-        widths = [check_count("widths", w) for w in widths]
+        widths = [check_count("widths", w) for w in widths] if isinstance(widths, (tuple, list)) else [widths]
         if len(widths) < 2: refuse("widths", widths, "the number of features, of units in hidden layers if any, and of outputs")
         grid = grid if isinstance(grid, Tensor) else torch.linspace(-2, 2, check_count("grid", grid) + 1)
         self.degree = degree
@@ -73,16 +74,19 @@ class KAN(nn.Module):
         x:Tensor, # rows, (N, features)
     )->Tensor:    # (N, units, features)
         "What the curves of the first layer are at every row."
-        return torch.einsum("nik,oik->noi", self.basis((x - self.centre) / self.scale), self.weights[0])
+        return torch.einsum("nik,oik->noi", self.basis(self._standardised(x)), self.weights[0])
 
     def forward(self,
         x:Tensor, # rows, (..., features)
     )->Tensor:    # (..., outputs)
         "Add up the curves, layer by layer."
-        if x.shape[-1] != len(self.centre): refuse("x", f"{x.shape[-1]} columns", f"{len(self.centre)}, one per feature")
-        x = (x - self.centre) / self.scale
+        x = self._standardised(x)
         for w in self.weights: x = self.basis(x).flatten(-2) @ w.flatten(1).T
         return x + self.offset
+
+    def _standardised(self, x):
+        if x.shape[-1] != len(self.centre): refuse("x", f"{x.shape[-1]} columns", f"{len(self.centre)}, one per feature")
+        return (x - self.centre) / self.scale
 
 # %% ../../../nbs/attribution/08_features.ipynb #fit_kan
 def fit_kan(
@@ -99,6 +103,8 @@ def fit_kan(
 ):                       # a `KAN`, or a list of M, in the units of `x` and `y`
     "Train Kolmogorov-Arnold networks. `epochs` forward and backward passes per row and network."
     xs, ys = _rows(x, y, many=True)
+    for name, given in (("hidden", hidden), ("seeds", seeds)):
+        if isinstance(given, int): refuse(name, given, f"a list, such as [{given}]")
     centre, scale = xs.mean(1, keepdim=True), xs.std(1, keepdim=True)
     scale = torch.where(scale > 0, scale, 1.)
     seeds = range(len(xs)) if seeds is None else seeds
@@ -121,6 +127,8 @@ def fit_kan(
 # %% ../../../nbs/attribution/08_features.ipynb #_rows
 def _rows(x, y, many=False):
     "A table and its targets, refused where they do not fit; with `many` as batches of them."
+    for name, t in (("x", x), ("y", y)):
+        if not isinstance(t, Tensor): refuse(name, type(t).__name__, "a tensor")
     if x.ndim != 2 and not (many and x.ndim == 3) or not x.numel(): refuse("x", f"shape {tuple(x.shape)}", "rows and columns, (N, P)" + (" or (M, N, P)" if many else ""))
     if not x.is_floating_point(): refuse("x", str(x.dtype), "floating-point numbers")
     if y.shape != x.shape[:-1]: refuse("y", f"shape {tuple(y.shape)}", f"{tuple(x.shape[:-1])}, one per row")
@@ -137,6 +145,7 @@ def fit_additive(
     grid:int|Tensor=5,   # intervals on [-2, 2] standard deviations, or rising break points
     degree:int=3,        # of the splines
     ridge:float=1e-4,    # penalty on the squared coefficients, per row, above 0: a constant can move from spline to spline
+    chunk:int=4096,      # rows whose basis is in memory at a time
 )->KAN:                  # with no hidden layer
     "The additive Kolmogorov-Arnold network of least squares, by ridge regression on its basis: one basis of every row, no training."
     x, y = _rows(x, y)
@@ -145,12 +154,15 @@ def fit_additive(
     kan, scale = KAN((x.shape[1], 1), grid, degree).to(x), x.std(0, correction=0)
     with torch.no_grad():
         kan.centre.copy_(x.mean(0)), kan.scale.copy_(torch.where(scale > 0, scale, 1.))
-        basis, target = kan.basis((x - kan.centre) / kan.scale).flatten(1).double(), y.double()
-        mean = basis.mean(0)
-        centred = basis - mean
-        gram = centred.T @ centred / len(x) + ridge * torch.eye(len(mean), dtype=mean.dtype, device=x.device)
-        weights = torch.linalg.solve(gram, centred.T @ (target - target.mean()) / len(x))
-        kan.weights[0].copy_(weights.view_as(kan.weights[0])), kan.offset.copy_((target.mean() - mean @ weights)[None])
+        target = y.double() - y.double().mean()
+        def moments(at):
+            b = torch.cat([kan.basis(kan._standardised(x[at])).flatten(1).double(), target[at, None]], 1)
+            return b.sum(0), b.T @ b
+        mean, products = (sum(parts) / len(x) for parts in zip(*Chunk.of(chunk, len(x)).over(len(x), moments)))
+        covariance = products - torch.outer(mean, mean)
+        gram = covariance[:-1, :-1] + ridge * torch.eye(len(mean) - 1, dtype=mean.dtype, device=x.device)
+        weights = torch.linalg.solve(gram, covariance[:-1, -1])
+        kan.weights[0].copy_(weights.view_as(kan.weights[0])), kan.offset.copy_((y.double().mean() - mean[:-1] @ weights)[None])
     return kan.requires_grad_(False)
 
 # %% ../../../nbs/attribution/08_features.ipynb #knockout_value
@@ -163,14 +175,16 @@ def knockout_value(
     "Minus the mean loss (squared, or cross-entropy) when absent features are at their mean: one forward pass per mask and row."
     x, y = _rows(x, y)
     if not y.is_floating_point():
-        with torch.no_grad(): classes = network(x[:1]).shape[1]
+        with torch.no_grad(): classes = network(x[:1]).shape[-1]
         if int(y.max()) >= classes: refuse("y", f"class {int(y.max())}", f"classes below {classes}, as many as the network has outputs")
     rows = Chunk.of(chunk, len(x))
     def loss(one):
         def part(at):
             out = network(one[at])
+            if out.ndim != 2: refuse("network", f"outputs of shape {tuple(out.shape)}", "(N, 1) values or (N, C) logits")
             return (out[:, 0] - y[at]) ** 2 if y.is_floating_point() else cross_entropy(out, y[at], reduction="none")
-        return torch.cat(rows.over(len(x), part)).float().mean()
+        each = torch.cat(rows.over(len(x), part))
+        return each.to(torch.promote_types(each.dtype, torch.float32)).mean()
     return mask_value(lambda tables: -torch.stack([loss(t) for t in tables]), x, torch.arange(x.shape[1]), x.mean(0), chunk=1)
 
 # %% ../../../nbs/attribution/08_features.ipynb #kan_importance
@@ -182,7 +196,7 @@ def kan_importance(
     of:str="functions",  # what the norms "l1" and "l2" measure: "functions" or "coefficients"
     chunk:int=4096,      # rows per model call
 )->Tensor:               # (P,), none negative but for "knockout"
-    """Importance of features by the splines of a Kolmogorov-Arnold network (arXiv:2509.23366). Cost per row: "l1" and "l2" the first layer once ("l1" twice) or nothing
+    """Importance of features by the splines of a Kolmogorov-Arnold network (arXiv:2509.23366). Cost per row: "l1" and "l2" the first layer twice, or nothing
     ("coefficients"), "sensitivity" a forward and a backward pass per output, "knockout" P + 1 forward passes."""
     for name, value, known in (("method", method, ("l1", "l2", "sensitivity", "knockout")), ("of", of, ("functions", "coefficients"))):
         near = difflib.get_close_matches(str(value), known, 1)
@@ -253,4 +267,4 @@ def three_cycles(
     if not ((a == 0) | (a == 1)).all(): refuse("adjacency", "weights", "0 or 1: set a threshold first")
     if (a != a.transpose(-1, -2)).any(): refuse("adjacency", "directed edges", "a symmetric matrix")
     if a.diagonal(dim1=-2, dim2=-1).any(): refuse("adjacency", "edges from a node to itself", "an empty diagonal")
-    return ((a @ a * a).sum(-1) / 2).round().long()
+    return ((a @ a * a).sum(-1, dtype=torch.float64) / 2).long() # exact: each term is a whole number up to N

@@ -11,7 +11,6 @@ import difflib
 import itertools
 import math
 import numbers
-import operator
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
@@ -28,7 +27,7 @@ class ActionSet:
     def __init__(self,
         table:pd.DataFrame, # one row per person, one column of numbers per feature, from which kinds and bounds are read
     ):
-        self.names, values = [str(c) for c in table.columns], _numbers(table)
+        values, self.names = _numbers(table), [str(c) for c in table.columns]
         self.whole = (values == values.round()).all(0)
         self.low, self.high = values.min(0), values.max(0)
         self.change, self.step = np.full(len(self.names), "free", dtype=object), self.whole.astype(float) # step 0: continuous
@@ -44,7 +43,7 @@ class ActionSet:
         step=None,        # grid on which the value moves, starting from the present one; None: as it is
     ):
         "Say how columns can be changed."
-        columns = [_column(self, "names", n) for n in ([names] if isinstance(names, str) else names)]
+        columns = [_column(self, "names", n) for n in (names if np.iterable(names) and not isinstance(names, str) else [names])]
         settings = [_settings(self, j, change, low, high, most, step) for j in columns] # all are checked before one is set
         for j, s in zip(columns, settings): self.change[j], self.low[j], self.high[j], self.most[j], self.step[j] = s
         return self
@@ -81,7 +80,9 @@ class ActionSet:
 
 # %% ../../../nbs/attribution/09_recourse.ipynb #_numbers
 CHANGES = ("free", "up", "down", "never")
-SIGNS = {"==": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+# with room for what single precision makes of a number: .7 becomes .69999999
+SIGNS = {"==": lambda v, to: np.abs(v - to) <= 1e-6 * np.abs(to), "<=": lambda v, to: v <= to + 1e-6 * np.abs(to), ">=": lambda v, to: v >= to - 1e-6 * np.abs(to),
+         "!=": lambda v, to: np.abs(v - to) > 1e-6 * np.abs(to), ">": lambda v, to: v > to + 1e-6 * np.abs(to), "<": lambda v, to: v < to - 1e-6 * np.abs(to)}
 
 def _numbers(table):
     "The values of a table of numbers, in double precision."
@@ -96,7 +97,7 @@ def _numbers(table):
 
 def _column(actions, argument, name):
     "The number of a column; the error lists near names."
-    if name in actions.names: return actions.names.index(name)
+    if str(name) in actions.names: return actions.names.index(str(name))
     near = difflib.get_close_matches(str(name), actions.names, 3, .5)
     refuse(argument, repr(name), f"a column of the table: {'perhaps ' if near else ''}{', '.join(near or actions.names[:12])}")
 
@@ -115,8 +116,9 @@ def _settings(actions, j, change, low, high, most, step):
     if change == "never" and j in sources - effects: refuse("change", f"'never' for {name}, from which a link starts", "a source that can change")
     low, high = (_number(n, old if new is None else new) for n, new, old in (("low", low, actions.low[j]), ("high", high, actions.high[j])))
     if low > high: refuse("low", f"{low:g} above {high:g}, the highest value of {name}", "bounds in their order")
-    if most is not None and not np.isscalar(most) and len(most) != 2: refuse("most", most, "a number, or one for falls and one for rises")
-    most = np.broadcast_to(np.asarray(actions.most[j] if most is None else most, dtype=float), 2)
+    most = actions.most[j] if most is None else most if isinstance(most, (tuple, list, np.ndarray)) else (most, most)
+    if len(most) != 2: refuse("most", most, "a number, or one for falls and one for rises")
+    most = np.array([_number("most", m) for m in most])
     step = actions.step[j] if step is None else _number("step", step)
     if not 0 <= step < math.inf or actions.whole[j] and (step != round(step) or not step): refuse("step", f"{step:g} for {name}", "a whole number above 0" if actions.whole[j] else "a number >= 0; 0 is continuous")
     if not (most >= 0).all() or change != "never" and most.max() < step: refuse("most", most.tolist(), f"numbers >= 0, of which one is at least the step of {name}, {step:g}")
@@ -203,13 +205,14 @@ def reachable(
     generator=None,    # generator or seed; None: seed 0
 )->Tensor:             # points (N, P), each once, `x` itself not among them
     "The points that a person reaches by changing one feature, or any (Kothari et al. 2023, arXiv:2308.12820). All of them where the features changed move in steps. No model calls."
+    if not isinstance(x, Tensor) or x.ndim != 1: refuse("x", f"{type(x).__name__} of shape {tuple(getattr(x, 'shape', ()))}", "one person, a tensor (P,)")
     row, draw = _rows(actions, x[None])[0], seeded(generator)
     check_count("samples", samples), check_count("most", most)
     if feature is not None:
         j = _column(actions, "feature", feature)
-        count = _choices(actions, row, j)[1]
-        if math.isfinite(count) and count > most: refuse("feature", f"{feature} with {count} values", f"at most {most}, or a larger step or `most`")
-        points = _by_one(actions, row, j, samples, "auto" if math.isinf(count) else "enumerate", None, draw)[0]
+        count = _choices(actions, row[None], j)[1].item()
+        if math.isfinite(count) and count > most: refuse("feature", f"{feature} with {count:.0f} values", f"at most {most}, or a larger step or `most`")
+        points = _by_one(actions, row[None], j, samples, "auto" if math.isinf(count) else "enumerate", None, draw)[0]
     else:
         sets = _sets(actions, row, most)
         size = None if sets is None else math.prod(len(s) + 1 for _, s in sets)
@@ -221,17 +224,24 @@ def reachable(
 # %% ../../../nbs/attribution/09_recourse.ipynb #_rows
 def _rows(actions, x):
     "The people in double precision; a person whom the set does not allow is refused."
+    if not isinstance(actions, ActionSet): refuse("actions", type(actions).__name__, "an ActionSet")
+    if not isinstance(x, Tensor) or not x.is_floating_point(): refuse("x", str(getattr(x, "dtype", type(x).__name__)), "a floating-point tensor, such as torch.tensor(table.to_numpy(float))")
     check_inputs("x", x)
     if x.shape[1:] != (len(actions.names),): refuse("x", f"shape {tuple(x.shape)}", f"(B, {len(actions.names)}), a column for each of the table")
     rows = x.detach().cpu().double().numpy()
     broken = [(text, int(mask.argmax()), int(mask.sum())) for text, mask in _broken(actions, rows)]
     if broken: refuse("x", "; ".join(f"{text} in {count} of {len(rows)} rows, first in row {first}" for text, first, count in broken[:3]), "people whom the action set allows: change their values, or the set")
-    return rows
+    return np.where(actions.whole, rows.round(), rows)
+
+def _slack(actions, points, j=slice(None)):
+    "By how much a value may miss a bound: what single precision does to it."
+    ends = np.abs([actions.low[j], actions.high[j]])
+    return 1e-6 * np.maximum(np.abs(points), np.where(np.isinf(ends), 0, ends).max(0))
 
 def _broken(actions, points):
     "What is broken by some of the points, and by which."
-    slack = 1e-6 * (1 + np.abs(points))
-    outside, fraction = (points < actions.low - slack) | (points > actions.high + slack), (np.abs(points - points.round()) > slack) & actions.whole
+    slack = _slack(actions, points)
+    outside, fraction = (points < actions.low - slack) | (points > actions.high + slack), (np.abs(points - points.round()) > np.minimum(slack, .01)) & actions.whole
     for j in np.flatnonzero(outside.any(0)): yield f"{actions.names[j]} outside {actions.low[j]:g} to {actions.high[j]:g}", outside[:, j]
     for j in np.flatnonzero(fraction.any(0)): yield f"{actions.names[j]} no whole number", fraction[:, j]
     for levels, columns, _ in actions.codes:
@@ -241,10 +251,12 @@ def _broken(actions, points):
         wrong = SIGNS[sign](points[:, a], value) & ~SIGNS[other](points[:, b], limit)
         if wrong.any(): yield f"{actions.names[a]} {sign} {value:g} without {actions.names[b]} {other} {limit:g}", wrong
 
-def _follow(actions, row, chosen):
-    "The points to which chosen values lead, and which of them break no rule."
+def _follow(actions, rows, chosen):
+    "The points to which chosen values lead, and which of them break no rule. `rows`: the people, one (P,) or one per point."
     points = chosen.copy()
-    for source, effect, scale in actions.links: points[:, effect] += scale * (points[:, source] - row[source])
+    for source, effect, scale in actions.links:
+        points[:, effect] += scale * (points[:, source] - rows[..., source])
+        if actions.whole[effect]: points[:, effect] = points[:, effect].round(6) # ten steps of 0.1 are one year
     for _ in actions.rules: # as often as effects can set off each other
         for (a, sign, value), (b, other, limit), effect in actions.rules:
             if effect: points[SIGNS[sign](points[:, a], value) & ~SIGNS[other](points[:, b], limit), b] = limit
@@ -253,57 +265,76 @@ def _follow(actions, row, chosen):
     return points, allowed
 
 # %% ../../../nbs/attribution/09_recourse.ipynb #_choices
-def _reach(actions, row, j):
-    "How far `j` can be lowered and raised by choice: in steps where it has them."
-    change, step = actions.change[j], actions.step[j]
-    reach = [0. if change in banned else max(0., min(room, most)) for banned, room, most in
-             ((("up", "never"), row[j] - actions.low[j], actions.most[j, 0]), (("down", "never"), actions.high[j] - row[j], actions.most[j, 1]))]
-    if math.isinf(sum(reach)): refuse("actions", f"no bound for {actions.names[j]}", "bounds, or a largest change")
-    return [int(d / step + 1e-9) for d in reach] if step else reach
+def _reach(actions, rows, j):
+    "How far each of the people can lower and raise `j` by choice, (B,) each: in steps where it has them."
+    change, step, now, reach = actions.change[j], actions.step[j], rows[:, j], []
+    slack = np.minimum(_slack(actions, now, j), .01 * step)
+    for banned, room, most in ((("up", "never"), now - actions.low[j], actions.most[j, 0]), (("down", "never"), actions.high[j] - now, actions.most[j, 1])):
+        far = np.floor(np.minimum((room + slack) / step, most / step + 1e-9)) if step else np.minimum(room, most)
+        reach.append(np.zeros(len(rows)) if change in banned else np.maximum(far, 0))
+    if np.isinf(reach).any(): refuse("actions", f"no bound for {actions.names[j]}", "bounds, or a largest change")
+    return reach
 
 def _levels_ahead(levels, now, change):
-    "Levels of an encoding to which one may change."
-    k = np.arange(len(levels))
-    return {"free": k != now, "up": k > now, "down": k < now, "never": k < 0}[change]
+    "Levels of an encoding to which one may change, (..., K)."
+    k, now = np.arange(len(levels)), np.asarray(now)[..., None]
+    return {"free": k != now, "up": k > now, "down": k < now, "never": k + now < 0}[change]
 
-def _choices(actions, row, j, whole=False):
-    "The columns that change with `j`, how many other values they have (infinite where continuous), and the values (n, columns) at places u in [0, 1). `whole`: also levels that leave `j` as it is."
+def _choices(actions, rows, j, whole=False):
+    """The columns that change with `j`; how many other values they have, (B,), infinite where continuous; and the values (n, columns) of the people `who` (n,) at places u (n,) in [0, 1).
+    `whole`: also levels that leave `j` as it is."""
     for levels, columns, change in actions.codes:
         if j not in columns: continue
-        now = int((levels == row[columns]).all(1).argmax())
-        there = _levels_ahead(levels, now, change)
-        options = levels[there if whole else there & (levels[:, columns.index(j)] != row[j])]
-        return columns, len(options), lambda u: options[_place(u, len(options))]
-    (below, above), step = _reach(actions, row, j), actions.step[j]
-    if not step: return [j], math.inf if below + above > 1e-9 * (1 + abs(row[j])) else 0, lambda u: (row[j] - below + u * (below + above))[:, None]
-    def take(u):
-        place = _place(u, below + above) - below
-        return (row[j] + step * (place + (place >= 0)))[:, None]
-    return [j], below + above, take
+        there = _levels_ahead(levels, (levels == rows[:, None, columns]).all(2).argmax(1), change)
+        if not whole: there &= levels[:, columns.index(j)] != rows[:, [j]]
+        count, order = there.sum(1).astype(float), np.argsort(~there, axis=1, kind="stable")
+        return columns, count, lambda who, u: levels[order[who, _place(u, count[who])]]
+    (below, above), step, now = _reach(actions, rows, j), actions.step[j], rows[:, j]
+    room = below + above
+    if not step: return [j], np.where(room > _slack(actions, now, j), math.inf, 0), lambda who, u: (now[who] - below[who] + u * room[who])[:, None]
+    def take(who, u):
+        place = _place(u, room[who]) - below[who]
+        new = np.round(now[who] + step * (place + (place >= 0)), 9 - math.floor(math.log10(step))) # three steps of 0.1 are 0.3
+        for end in (actions.low[j], actions.high[j]): new = np.where(np.abs(new - end) <= np.minimum(_slack(actions, new, j), .01 * step), end, new)
+        return new[:, None]
+    return [j], room, take
 
-def _place(u, count): return np.minimum((u * count).astype(np.int64), count - 1)
+def _place(u, count): return np.minimum(u * count, count - 1).astype(np.int64)
 
-def _by_one(actions, row, j, samples, method, weight, draw):
-    "Points reached by changing `j`, their weights, and whether these are all."
-    columns, count, take = _choices(actions, row, j)
-    if not count: return row[None][:0], np.zeros(0), True
-    def at(u):
-        chosen = np.tile(row, (len(u), 1))
-        chosen[:, columns] = take(u)
-        points, allowed = _follow(actions, row, chosen)
-        return points[allowed & (points[:, columns] == chosen[:, columns]).all(1)] # an effect that undoes the change leaves nothing
-    weigh = lambda points: np.ones(len(points)) if weight is None else _weights(actions.names[j], weight(torch.from_numpy(points[:, j]), float(row[j])), len(points))
-    uniform = lambda: torch.rand(samples, generator=draw, dtype=torch.float64, device=draw.device).cpu().numpy()
-    if method == "enumerate" or method == "auto" and count <= samples:
-        points = at((np.arange(count) + .5) / count)
-        return points, weigh(points), True
-    found = []
+# %% ../../../nbs/attribution/09_recourse.ipynb #_by_one
+def _by_one(actions, rows, j, samples, method, weight, draw):
+    "Points that people reach by changing `j`, whose they are, their weights, and for each person whether these are all."
+    columns, count, take = _choices(actions, rows, j)
+    exact = (count == 0) | (count <= samples if method == "auto" else method == "enumerate")
+    def at(who, u):
+        chosen = rows[who]
+        chosen[:, columns] = take(who, u)
+        points, allowed = _follow(actions, rows[who], chosen)
+        allowed &= (points[:, columns] == chosen[:, columns]).all(1) # an effect that undoes the change leaves nothing
+        return points[allowed], who[allowed]
+    def weigh(points, who):
+        w = np.ones(len(who))
+        for i in np.unique(who) if weight is not None else (): w[who == i] = _weights(actions.names[j], weight(torch.from_numpy(points[who == i, j]), float(rows[i, j])), (who == i).sum())
+        return w
+    uniform = lambda n: torch.rand(n, generator=draw, dtype=torch.float64, device=draw.device).cpu().numpy()
+    all_of = np.where(exact, count, 0).astype(np.int64)
+    who = np.repeat(np.arange(len(rows)), all_of)
+    points, who = at(who, (_rank(who) + .5) / count[who])
+    found, left = [(points, who, weigh(points, who))], np.flatnonzero(~exact)
     for _ in range(20): # rounds in which draws are kept with a probability that is their weight
-        points = at(uniform())
-        found.append(points if weight is None else points[uniform()[:len(points)] < weigh(points)])
-        if sum(map(len, found)) >= samples: break
-    points = np.concatenate(found)[:samples]
-    return points, np.ones(len(points)), False
+        if not len(left): break
+        points, who = at(np.repeat(left, samples), uniform(len(left) * samples))
+        kept = slice(None) if weight is None else uniform(len(who)) < weigh(points, who)
+        found.append((points[kept], who[kept], np.ones(len(who[kept]))))
+        left = left[np.bincount(np.concatenate([w for _, w, _ in found]), minlength=len(rows))[left] < samples]
+    points, who, weights = (np.concatenate(parts) for parts in zip(*found))
+    order = np.argsort(who, kind="stable")
+    order = order[exact[who[order]] | (_rank(who[order]) < samples)]
+    return points[order], who[order], weights[order], exact
+
+def _rank(who):
+    "Of people in order, (n,): the number of times that each came before."
+    return np.arange(len(who)) - np.searchsorted(who, who)
 
 def _weights(name, w, n):
     w = torch.as_tensor(w, dtype=torch.float64)
@@ -322,8 +353,9 @@ def _blocks(actions):
 def _levers(actions, row, block):
     "What of a block can be chosen: columns, number of other values, values."
     first = {j: min(columns) for _, columns, _ in actions.codes for j in columns}
-    choices = [_choices(actions, row, j, whole=True) for j in block if first.get(j, j) == j]
-    return [c for c in choices if c[1]]
+    choices = [_choices(actions, row[None], j, whole=True) for j in block if first.get(j, j) == j]
+    one = lambda take: lambda u: take(np.zeros(len(u), dtype=np.int64), u)
+    return [(columns, int(count[0]) if np.isfinite(count[0]) else math.inf, one(take)) for columns, count, take in choices if count[0]]
 
 def _sets(actions, row, most):
     "For every block, its columns and the other values (N, columns) that it reaches; None where it cannot be enumerated."
@@ -393,7 +425,7 @@ def responsiveness(
     chunk:int|None=1024,   # rows per model call
 )->Responsiveness:         # scores, intervals, numbers of points
     """Responsiveness scores (Cheon et al. 2024, arXiv:2410.22598); sampling by rejection, and single levels of an encoding as features, are our choice.
-    One forward pass per distinct point: at most `samples` per person and feature unless all are enumerated. People share points, which are asked about once in every 2 ** 16."""
+    One forward pass per distinct point: at most `samples` per person and feature unless all are enumerated. People share points: equal ones are asked about once within every 2 ** 21 numbers of them."""
     rows, draw, chunk = _rows(actions, x), seeded(generator), Chunk.of(chunk, 1024)
     check_count("samples", samples)
     if method not in ("auto", "enumerate", "sample"): refuse("method", repr(method), '"auto", "enumerate" or "sample"')
@@ -401,23 +433,20 @@ def responsiveness(
     if method == "enumerate":
         free = [n for j, n in enumerate(actions.names) if not actions.step[j] and actions.change[j] != "never"]
         if free: refuse("method", f"'enumerate' with {', '.join(free[:5])} continuous", 'a step for each, by `let`, or "auto"')
+    if weights is not None and not isinstance(weights, dict): refuse("weights", type(weights).__name__, "a dict: name -> function")
     weights = {_column(actions, "weights", n): w for n, w in (weights or {}).items()}
     hits, total, points, exact = np.zeros(rows.shape), np.zeros(rows.shape), np.zeros(rows.shape, dtype=np.int64), np.ones(rows.shape, dtype=bool)
-    waiting, held = [], 0
+    waiting = []
     def settle():
-        attained = _attained(predict, np.concatenate([p for _, p, _ in waiting]), x, target, threshold, chunk)
-        for (at, _, w), a in zip(waiting, np.split(attained, np.cumsum([len(w) for *_, w in waiting])[:-1])): hits[at], total[at] = w @ a, w.sum()
+        attained = _attained(predict, np.concatenate([p for *_, p, _ in waiting]), x, target, threshold, chunk)
+        for (who, j, _, w), a in zip(waiting, np.split(attained, np.cumsum([len(w) for *_, w in waiting])[:-1])):
+            for sums, each in ((hits, w * a), (total, w), (points, 1)): np.add.at(sums, (who, j), each)
         waiting.clear()
-    for at in np.ndindex(rows.shape):
-        reached, w, exact[at] = _by_one(actions, rows[at[0]], at[1], samples, method, weights.get(at[1]), draw)
-        reached, w, points[at] = reached[w > 0], w[w > 0], (w > 0).sum()
-        if not len(w): continue
-        waiting.append((at, reached, w))
-        held += len(w)
-        if held < WINDOW: continue
-        settle()
-        held = 0
-    if waiting: settle()
+    for group, j in _groups(actions, rows, samples, method):
+        reached, who, w, exact[group, j] = _by_one(actions, rows[group], j, samples, method, weights.get(j), draw)
+        waiting.append((group[who[w > 0]], j, reached[w > 0], w[w > 0]))
+        if sum(p.size for *_, p, _ in waiting) >= WINDOW: settle()
+    if any(len(w) for *_, w in waiting): settle()
     scores = hits / np.where(total > 0, total, 1)
     with np.errstate(invalid="ignore"): low, high = (beta.ppf(q, a, b) for q, a, b in (((1 - confidence) / 2, hits, total - hits + 1), ((1 + confidence) / 2, hits + 1, total - hits)))
     low, high = np.where(exact, scores, np.where(hits > 0, low, 0)), np.where(exact, scores, np.where(hits < total, high, 1))
@@ -426,13 +455,27 @@ def responsiveness(
     return Responsiveness(*(torch.from_numpy(a).to(x.device, dtype) for a in (scores, low, high)), *(torch.from_numpy(a).to(x.device) for a in (points, exact)))
 
 # %% ../../../nbs/attribution/09_recourse.ipynb #_attained
-WINDOW = 2 ** 16 # points in memory at a time
+WINDOW = 2 ** 21 # numbers in the points that are in memory at a time
+
+def _groups(actions, rows, samples, method):
+    "People and a feature whose points are made at once: as many people as an eighth of the window holds."
+    for start in range(0, len(rows), 1024):
+        people = np.arange(start, min(start + 1024, len(rows)))
+        for j in range(rows.shape[1]):
+            count = _choices(actions, rows[people], j)[1]
+            size = (count if method == "enumerate" else np.minimum(count, samples) if method == "auto" else samples * (count > 0)) * rows.shape[1]
+            for group in np.split(people, np.flatnonzero(np.diff(size.cumsum() // max(1, WINDOW // 8))) + 1): yield group, j
 
 def _attained(predict, points, x, target, threshold, chunk):
     "Whether each point attains the target; equal points are asked about once."
     points = np.ascontiguousarray(points) + 0. # no negative zeros, which are other bytes
     _, first, again = np.unique(points.view(np.dtype((np.void, points.itemsize * points.shape[1])))[:, 0], return_index=True, return_inverse=True)
-    values = check_finite("predict", values_of(predict, torch.from_numpy(points[first]).to(x), chunk=chunk))
+    def says(x):
+        said = predict(x)
+        if not isinstance(said, Tensor) or said.shape != (len(x),): refuse("predict", f"{type(said).__name__} of shape {tuple(getattr(said, 'shape', ()))} for {len(x)} rows", f"a tensor of shape ({len(x)},)")
+        return said
+    values = check_finite("predict", values_of(says, torch.from_numpy(points[first]).to(x), chunk=chunk))
+    if threshold is None and (values != values.round() if values.is_floating_point() else values != values).any(): refuse("predict", f"scores such as {float(values[values != values.round()][0]):.3g}", "labels, or scores with `threshold`")
     return ((values == target) if threshold is None else (values >= threshold)).cpu().numpy()[again]
 
 # %% ../../../nbs/attribution/09_recourse.ipynb #FixedPredictions
@@ -491,7 +534,7 @@ def best_linear(
     for source, effect, scale in actions.links: spread[effect] += scale * spread[source]
     coded, best = {j for _, columns, _ in actions.codes for j in columns}, []
     for row in rows:
-        columns = [(j, actions.step[j], *_reach(actions, row, j)) for j in range(len(w)) if j not in coded]
+        columns = [(j, actions.step[j], *np.concatenate(_reach(actions, row[None], j))) for j in range(len(w)) if j not in coded]
         ways, low, high = [step_of * np.eye(len(w))[j] for j, step, *_ in columns for step_of in [step or 1.]], [-b for *_, b, _ in columns], [a for *_, a in columns]
         whole, group = [bool(step) for _, step, *_ in columns], [-1] * len(columns)
         for g, (levels, of, change) in enumerate(actions.codes):
@@ -501,7 +544,7 @@ def best_linear(
         moves = spread @ np.stack(ways, 1)
         one_each = (np.array(group) == np.arange(len(actions.codes))[:, None]).astype(float)
         found = milp(-(w @ moves), bounds=Bounds(low, high), integrality=whole, options=dict(mip_rel_gap=0),
-                     constraints=[LinearConstraint(moves, actions.low - row, actions.high - row), *([LinearConstraint(one_each, 0, 1)] if actions.codes else [])])
+                     constraints=[LinearConstraint(moves, np.minimum(actions.low - row, 0), np.maximum(actions.high - row, 0)), *([LinearConstraint(one_each, 0, 1)] if actions.codes else [])])
         if not found.success: refuse("actions", f"a programme that HiGHS gave up: {found.message}", "one that it solves")
         best.append(w @ row - found.fun)
     return torch.tensor(best, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -513,6 +556,7 @@ def reasons_without_recourse(
     k:int=4,               # reasons that are given
 )->Tensor:                 # share of the reasons with responsiveness 0, (B,)
     "The share of the top-k features of an explanation that are not responsive (Cheon et al. 2024, arXiv:2410.22598). No model calls."
+    if not isinstance(scores, Tensor): refuse("scores", type(scores).__name__, "a tensor (B, P), such as the `scores` of `responsiveness`")
     if attributions.shape != scores.shape or scores.ndim != 2: refuse("attributions", f"shape {tuple(attributions.shape)}", f"that of the responsiveness scores, (B, P), here {tuple(scores.shape)}")
     check_finite("scores", scores)
     if not 1 <= check_count("k", k) <= scores.shape[1]: refuse("k", k, f"at most the {scores.shape[1]} features")

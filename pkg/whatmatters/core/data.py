@@ -193,7 +193,13 @@ def table(
         options = dict(sep="\t" if path.suffix == ".tsv" else ",", skipinitialspace=True)
         if path.suffix == ".data": options |= dict(header=None, names=UCI.get(path.name))
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, **options)
-    frame = frame.rename(columns=lambda c: re.sub(r"\W+", "_", str(c)).strip("_").lower()).replace("?", np.nan)
+    names = [re.sub(r"\W+", "_", str(c)).strip("_").lower() for c in frame]
+    if len(set(names)) < len(names): refuse("data", f"more than one column that would be called {next(n for n in names if names.count(n) > 1)}", "names that differ in more than case and signs")
+    frame = frame.set_axis(names, axis=1)
+    for c in frame.columns[(frame == "?").any()]: # what else stands there may be numbers
+        known = frame[c].where(frame[c] != "?")
+        numbers = pd.to_numeric(known, errors="coerce")
+        frame[c] = numbers if numbers.notna().equals(known.notna()) else known
     return frame if rows is None or check_count("rows", rows) >= len(frame) else frame.sample(rows, random_state=seed).sort_index().reset_index(drop=True)
 
 # %% ../../../nbs/core/03_data.ipynb #Words

@@ -71,7 +71,8 @@ def check_rows(
     x:Tensor,     # inputs, (B, ...)
 )->Tensor:        # `t`, unchanged
     "Refuse a tensor with another number of rows than `x`."
-    if not len(t.shape) or len(t) != len(x): refuse(argument, f"shape {tuple(t.shape)}", f"{len(x)} rows, as in the inputs {tuple(x.shape)}")
+    shape = getattr(t, "shape", None)
+    if not shape or shape[0] != len(x): refuse(argument, type(t).__name__ if shape is None else f"shape {tuple(shape)}", f"{len(x)} rows, as in the inputs {tuple(x.shape)}")
     return t
 
 # %% ../../../nbs/core/00_values.ipynb #check_broadcast
