@@ -134,6 +134,40 @@ def test_words_of_one_topic_have_like_embeddings():
     assert (semre_rank(found, scores, ["engine"], x, share=1.) == revise(found, scores, importance)).all()
 
 
+def test_embeddings_are_the_same_twice():
+    "Many words, few neighbours: ARPACK begins anew at random, which has to be the same each time."
+    found = candidates(TEXTS[:1])
+    assert (ppmi_embeddings(found) == ppmi_embeddings(found)).all()
+    dense = ppmi_embeddings(found, dimension=5)
+    spectrum = (dense ** 2).sum(0)
+    assert (np.diff(spectrum) <= 1e-9).all() and dense.T @ dense == pytest.approx(np.diag(spectrum), abs=1e-9)
+
+
+def test_weights_are_of_nodes_even_where_words_are_as_many():
+    found = candidates(["red cat, blue dog", "red cat of the"])
+    assert found.terms.nnz == len(found.words) == 6
+    weights = np.arange(6.)
+    of = {(d, found.words[w]): weights[i] for i, (d, w) in enumerate(zip(np.repeat(range(2), np.diff(found.terms.indptr)), found.terms.indices))}
+    scores = phrase_scores(found, weights, frequency=0).toarray()
+    assert scores[1, found.phrases.index("red cat")] == of[1, "red"] + of[1, "cat"]
+    some = candidates(TEXTS)
+    with pytest.raises(ValueError, match="weights: got shape .*; want .*one per stored entry"): phrase_scores(some, np.ones(len(some.words)))
+
+
+def test_scores_in_any_sparse_form_and_of_the_right_shape():
+    found = candidates(TEXTS)
+    scores = phrase_scores(found, np.ones(found.terms.nnz))
+    assert top_phrases(found, scores.tocoo()) == top_phrases(found, scores.tocsc()) == top_phrases(found, scores)
+    with pytest.raises(ValueError, match="scores: got shape"): top_phrases(found, scores[:3])
+
+
+def test_of_equal_scores_a_phrase_that_the_document_lacks_comes_last():
+    found = candidates(["blue dog, red cat", "green bird, gray owl"])
+    order = [found.phrases.index(p) for p in ("green bird", "red cat", "blue dog", "gray owl")]
+    scores = sparse.csr_array((np.ones(4), ([0, 0, 0, 1], order)), shape=found.counts.shape) # as many entries as the counts, elsewhere
+    assert [p for p, _ in top_phrases(found, scores)[0]] == ["blue dog", "red cat", "green bird"]
+
+
 def test_a_document_s_own_title_does_not_teach_its_words():
     "The share of titles with a word leaves the document itself out, so that a word of one document alone says nothing of its title."
     texts = [f"Alpha beta{i}x.\n\nWe saw gamma{i}x and delta{i}x in the alpha." for i in range(30)]
@@ -190,6 +224,9 @@ def test_generation_draws_on_similar_documents_only():
     (lambda: fit_informativeness(["red cat"], ["..."]), r"references\[0\]: got"),
     (lambda: fit_informativeness(["red cat"], ["dog"]), "references: got none of the texts"),
     (lambda: eru_kg(["red cat"], None), "model: got NoneType"),
+    (lambda: eru_kg(TEXTS, fit_informativeness(TEXTS, DOCS.titles[:12]), index="a text"), "index: got a str; want a list"),
+    (lambda: candidates(["1 2. 3"]), "texts: got no content word; want words with letters"),
+    (lambda: centralities(np.ones((2, 2)), [0, 1]), "graph: got edges between documents"),
 ])
 def test_refused(call, message):
     with pytest.raises(ValueError, match=message): call()

@@ -6,6 +6,7 @@ from pathlib import Path
 import networkx
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 from whatmatters.attribution.terms import centroid, lexrank, page_rank, sentence_graph, stable_topics, summarise, textrank, tf_idf, weighted_keywords, word_counts
 from whatmatters.core import experiments
@@ -58,6 +59,23 @@ def test_embeddings_do_for_vectors_when_none_is_negative():
     vectors = np.random.default_rng(0).random((30, 5))
     for kind in KINDS: assert lexrank(vectors, kind, .7).sum() == pytest.approx(1)
     with pytest.raises(ValueError, match="sentences: got negative"): lexrank(vectors - .5, "continuous")
+
+
+def test_tensors_of_any_kind_do_for_vectors():
+    vectors = torch.rand(12, 5, generator=torch.Generator().manual_seed(0))
+    for kind in KINDS:
+        assert lexrank(vectors.requires_grad_(), kind, .7) == pytest.approx(lexrank(vectors.detach().numpy(), kind, .7))
+        assert lexrank(vectors.detach().bfloat16(), kind, .7) == pytest.approx(lexrank(vectors.detach().bfloat16().float(), kind, .7))
+
+
+def test_words_are_those_of_the_text_as_written():
+    assert len(word_counts(["İZMİR", "Ankara"]).words) == 2 # in lower case the İ gets a dot of its own, which is no letter
+
+
+@pytest.mark.parametrize("call, message", [(lambda: word_counts(["a star", None]), r"texts\[1\]: got NoneType"), (lambda: weighted_keywords(np.zeros((3, 2))), "counts: got only zeros"),
+                                           (lambda: stable_topics(np.zeros((4, 5)), [2]), "X: got only zeros")])
+def test_nothing_to_count_is_refused(call, message):
+    with pytest.raises(ValueError, match=message): call()
 
 
 def test_words_that_nobody_wrote():

@@ -41,7 +41,7 @@ def candidates(
     check_count("longest", longest)
     t = _read(texts, content)
     keep = t.keep if content is not None else _content(t, verbs)
-    if not keep.any(): refuse("texts", "no content word", "words that are not all function words")
+    if not keep.any(): refuse("texts", "no content word", "words with letters that are not all function words")
     D, W, last = len(texts), len(t.words), np.append(True, t.doc[1:] != t.doc[:-1])
     begins = keep & (t.breaks | last | ~np.append(False, keep[:-1]))
     start, length = np.flatnonzero(begins), np.bincount(np.cumsum(begins)[keep] - 1)
@@ -136,17 +136,16 @@ def _entries(table, row, column):
 # %% ../../../nbs/attribution/12_keyphrases.ipynb #phrase_scores
 def phrase_scores(
     found:Candidates, # what `candidates` found
-    weights,          # of the content words: per node (N,), or per word of the corpus (W,)
+    weights,          # of the content words, (N,): one per stored entry of `found.terms`; weights of words are `w[found.terms.indices]`
     length:float=0.,  # power of the number of words that divides: 0 sums, 1 averages
     frequency:float=.5, # power of 1 + log(occurrences in the document) that multiplies
     early:bool=False, # raise phrases that appear early
 )->sparse.csr_array:  # scores (D, P), stored where `found.counts` is
     "Scores of the phrases of each document: the sum of their words' weights."
     weights = np.asarray(weights, dtype=float)
-    if weights.shape not in ((found.terms.nnz,), (len(found.words),)): refuse("weights", f"shape {weights.shape}", f"({found.terms.nnz},), one per node, or ({len(found.words)},), one per word")
+    if weights.shape != (found.terms.nnz,): refuse("weights", f"shape {weights.shape}", f"({found.terms.nnz},), one per stored entry of found.terms")
     doc, members = _rows(found.counts), found.members[found.counts.indices]
-    if weights.shape == (found.terms.nnz,): weights = _entries(sparse.csr_array((weights, found.terms.indices, found.terms.indptr), shape=found.terms.shape), doc[:, None], np.maximum(members, 0))
-    else: weights = weights[np.maximum(members, 0)]
+    weights = _entries(sparse.csr_array((weights, found.terms.indices, found.terms.indptr), shape=found.terms.shape), doc[:, None], np.maximum(members, 0))
     scores = np.where(members >= 0, weights, 0).sum(1) / (members >= 0).sum(1) ** length * (1 + np.log(found.counts.data)) ** frequency
     if early: scores *= 1 + 1 / np.log2(2 + found.first)
     return sparse.csr_array((scores, found.counts.indices, found.counts.indptr), shape=found.counts.shape)
@@ -157,13 +156,16 @@ def top_phrases(
     scores,           # (D, P), sparse: of the phrases of each document; or (P,): the same in every document
     top:int=10,       # most phrases of a document
 )->list:              # per document a list of (phrase, score), best first
-    "The best phrases of each document; of equal scores the one that begins earlier."
+    "The best phrases of each document; of equal scores the one that begins earlier, and last those that the document lacks."
     check_count("top", top)
     if not sparse.issparse(scores):
         if np.shape(scores) != (len(found.phrases),): refuse("scores", f"shape {np.shape(scores)}", f"({len(found.phrases)},), one per phrase, or a sparse matrix {found.counts.shape}")
         scores = sparse.csr_array((np.asarray(scores, dtype=float)[found.counts.indices], found.counts.indices, found.counts.indptr), shape=found.counts.shape)
+    if scores.shape != found.counts.shape: refuse("scores", f"shape {scores.shape}", f"{found.counts.shape}, documents x phrases")
+    scores = scores.tocsr().sorted_indices()
     doc = _rows(scores)
-    first = found.first if scores.nnz == found.counts.nnz else np.zeros(scores.nnz)
+    since_end = sparse.csr_array((found.first - 1. - found.sizes.max(), found.counts.indices, found.counts.indptr), shape=scores.shape)
+    first = _entries(since_end, doc, scores.indices) # 0, later than all: a phrase that the document lacks
     order = np.lexsort((scores.indices, first, -scores.data, doc))
     best = [order[a:min(a + top, b)] for a, b in zip(scores.indptr, scores.indptr[1:])]
     return [[(found.phrases[scores.indices[i]], float(scores.data[i])) for i in rows] for rows in best]
@@ -234,6 +236,7 @@ def centralities(
     "Four centralities of every node within its document, scaled as networkx scales them. A breadth-first search per node, all documents side by side; no model calls."
     graph, doc = sparse.csr_array(graph), np.unique(np.asarray(doc), return_inverse=True)[1]
     if doc.shape != (graph.shape[0],) or (np.diff(doc) < 0).any(): refuse("doc", f"shape {doc.shape}", f"({graph.shape[0]},), the documents of the nodes in order")
+    if (doc[_rows(graph)] != doc[graph.indices]).any(): refuse("graph", "edges between documents", "a graph whose edges stay within documents")
     size = np.bincount(doc)
     ends = np.cumsum(size)
     others, links = np.maximum(size - 1, 1)[doc], graph > 0
@@ -393,7 +396,7 @@ def ppmi_embeddings(
     window:int=6,       # content words fewer than this many words apart, in one sentence, occur together
 )->np.ndarray:          # (W, dimension); zeros for words that are in no candidate position or have no neighbour
     "Embeddings of the corpus's words: leading singular vectors of their positive pointwise mutual information, times the root of the singular values (Levy & Goldberg 2014). No model calls."
-    from scipy.sparse.linalg import svds
+    from scipy.sparse.linalg import eigsh
     check_count("dimension", dimension)
     W = len(found.words)
     lift = sparse.csr_array((np.ones(found.terms.nnz), (found.terms.indices, np.arange(found.terms.nnz))), shape=(W, found.terms.nnz))
@@ -403,8 +406,9 @@ def ppmi_embeddings(
     positive = information > 0
     ppmi = sparse.csr_array((information[positive], (together.row[positive], together.col[positive])), shape=(W, W))
     if W < 3 or not ppmi.nnz: return np.zeros((W, 1))
-    u, s, _ = svds(ppmi, k=min(dimension, W - 2), v0=np.ones(W))
-    return (u * np.sqrt(s))[:, ::-1]
+    values, vectors = eigsh(ppmi, k=min(dimension, W - 2), v0=np.ones(W), rng=0) # symmetric: singular values are these without sign
+    order = np.argsort(-np.abs(values), kind="stable")
+    return vectors[:, order] * np.sqrt(np.abs(values[order]))
 
 # %% ../../../nbs/attribution/12_keyphrases.ipynb #semantic_importance
 def semantic_importance(
@@ -429,9 +433,9 @@ def semantic_importance(
     rows, columns, weights = [], [], []
     for begin, end in zip(found.terms.indptr, found.terms.indptr[1:]):
         x = unit[found.terms.indices[begin:end]]
-        most = max(1, int(share * len(x)))
-        for part in range(0, len(x), 512): # not all cosines of a long document at once
-            cosine = x[part:part + 512] @ x.T
+        most, step = max(1, int(share * len(x))), max(1, (1 << 22) // max(1, len(x))) # not all cosines of a long document at once
+        for part in range(0, len(x), step):
+            cosine = x[part:part + step] @ x.T
             cosine[np.arange(len(cosine)), part + np.arange(len(cosine))] = -1
             if most < len(x): cosine[cosine < np.partition(cosine, -most, axis=1)[:, [-most]]] = -1
             i, j = np.nonzero(cosine >= threshold)
@@ -548,6 +552,7 @@ def eru_kg(
     check_count("top", top), check_count("neighbours", neighbours)
     if not 0 <= generate < 1: refuse("generate", generate, "a share in [0, 1)")
     if not callable(model): refuse("model", type(model).__name__, "what fit_informativeness returns")
+    if isinstance(index, str): refuse("index", "a str", "a list of texts")
     if len(index) and isinstance(texts, Candidates): refuse("index", f"{len(index)} texts beside Candidates", "texts, or candidates of all of them")
     found = _found([*texts, *index] if len(index) and not isinstance(texts, str) else texts, longest)
     weights = model(found) ** power
@@ -569,12 +574,12 @@ def _with_similar(found, scores, weights, generate, neighbours, length):
     scores.sort_indices()
     return scores
 
-def _nearest(table, neighbours, block=1000):
-    "Cosines with the nearest other rows, which sum to 1 in each row."
+def _nearest(table, neighbours, cells=1 << 22):
+    "Cosines with the nearest other rows, which sum to 1 in each row; blocks of at most so many cells, or one row."
     if table.shape[0] < 2: refuse("texts", "1 document", "at least two: there is no other to generate from")
     unit, row = table.data * _idf(table)[table.indices], _rows(table)
     unit = sparse.csr_array((unit / np.sqrt(np.bincount(row, weights=unit ** 2, minlength=table.shape[0]))[row], table.indices, table.indptr), shape=table.shape)
-    rows = []
+    rows, block = [], max(1, cells // unit.shape[0])
     for begin in range(0, unit.shape[0], block):
         cosine = (unit[begin:begin + block] @ unit.T).toarray()
         cosine[np.arange(len(cosine)), begin + np.arange(len(cosine))] = 0

@@ -67,8 +67,9 @@ def word_counts(
     "The stems of each text, counted. A text without words is a row of zeros. No model call."
     if isinstance(texts, str): refuse("texts", "one str", "a list of them, such as core.texts.sentences_of gives")
     left_out, stems, column, written, rows = frozenset() if stops else stopwords(), {}, {}, Counter(), []
-    for text in texts:
-        row = Counter(words_of(text.lower()))
+    for i, text in enumerate(texts):
+        if not isinstance(text, str): refuse(f"texts[{i}]", type(text).__name__, "a str")
+        row = Counter(map(str.lower, words_of(text)))
         written.update(row)
         counts = {}
         for word, n in row.items():
@@ -111,14 +112,15 @@ def _unit(matrix):
 def sentence_graph(
     sentences,          # list of str; or their vectors, (N, V), none negative
     threshold:float=.1, # edges are cosines above it, in [0, 1)
-)->sparse.csr_array:    # (N, N), symmetric; each sentence with words has an edge of weight 1 to itself
+)->sparse.csr_array:    # (N, N), symmetric; a sentence has an edge of weight 1 to itself, unless all its words are in every sentence
     "The graph of similar sentences: idf-modified cosines above a threshold (Erkan, Radev 2004, arXiv:1109.2128). Memory: 12 bytes per edge. No model call."
     return sparse.vstack(list(_edges(_vectors(sentences), threshold)), format="csr")
 
 # %% ../../../nbs/attribution/11_terms.ipynb #_edges
 def _vectors(sentences):
     "Rows of length 1 or 0."
-    given = sparse.issparse(sentences) or isinstance(sentences, (np.ndarray, torch.Tensor))
+    if isinstance(sentences, torch.Tensor): sentences = sentences.detach().double().cpu().numpy()
+    given = sparse.issparse(sentences) or isinstance(sentences, np.ndarray)
     vectors = _unit(_two(_non_negative("sentences", sentences))) if given else tf_idf(_counts(sentences))
     if not vectors.nnz: refuse("sentences", f"{vectors.shape[0]} sentences that all have the same words", "words that tell some from others")
     return vectors
@@ -239,6 +241,7 @@ def weighted_keywords(
     "Weighted idf times topical mass (after the IDF-LDA model for Weibo, system 106). One latent Dirichlet allocation; no model call."
     from sklearn.decomposition import LatentDirichletAllocation
     counts = _non_negative("counts", counts)
+    if not counts.sum(): refuse("counts", "only zeros", "messages with words")
     n = counts.shape[0]
     engagement = np.ones(n) if engagement is None else np.asarray(engagement, dtype=float)
     if engagement.shape != (n,) or not np.isfinite(engagement).all() or (engagement < 0).any() or not engagement.any(): refuse("engagement", f"shape {engagement.shape}" if engagement.shape != (n,) else "values that are negative, infinite or all 0", f"{n} finite numbers >= 0")
@@ -273,6 +276,7 @@ def stable_topics(
     from sklearn.decomposition import NMF
     from sklearn.metrics import silhouette_samples
     X, ks, tried = _non_negative("X", X), list(ks), {}
+    if not X.sum(): refuse("X", "only zeros", "texts with words")
     if not ks: refuse("ks", "no number", "at least one")
     for k in ks:
         if check_count("ks", k, 2) > min(X.shape): refuse("ks", k, f"at most {min(X.shape)}, the smaller side of X")
