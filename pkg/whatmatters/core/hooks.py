@@ -22,7 +22,7 @@ def module_of(
     "A submodule by name."
     modules = dict(network.named_modules())
     if name not in modules:
-        near = difflib.get_close_matches(str(name), modules, 3)
+        near = difflib.get_close_matches(str(name), modules, 3) or [m for m in modules if m][-3:] # nothing alike: the last layers
         refuse("name", repr(name), f"a module of the network{', such as ' + ' or '.join(near) if near else ''}")
     return modules[name]
 
