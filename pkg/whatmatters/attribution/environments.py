@@ -99,7 +99,7 @@ def _resample(rows, fold, generator):
 
 def _classifier(classifier, clip):
     "The classifier to fit: what is given, or small boosted trees."
-    if not clip > 1: refuse("clip", clip, "a number > 1, the largest weight")
+    if isinstance(clip, (bool, str)) or not isinstance(clip, (int, float, np.number)) or not clip > 1: refuse("clip", repr(clip), "a number > 1, the largest weight")
     if classifier is None:
         from sklearn.ensemble import HistGradientBoostingClassifier
         return HistGradientBoostingClassifier(max_iter=60, max_leaf_nodes=8, random_state=0)
