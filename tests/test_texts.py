@@ -90,3 +90,14 @@ def test_wrong_corpora_are_refused(tmp_path):
     for wrong in (None, 3):
         with pytest.raises(ValueError, match="text: got"): words_of(wrong)
     assert words_of("") == []
+
+
+def test_what_the_hub_lacks_is_refused_by_name(monkeypatch):
+    import datasets
+    from whatmatters.core.data import table
+
+    def lacks(source, split): raise ValueError(f"Unknown split {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", lacks)
+    for read in (load_referenced, table):
+        with pytest.raises(ValueError, match=r"data: got 'owner/name', which did not load \(ValueError: Unknown split t"): read("owner/name")

@@ -127,6 +127,10 @@ def _rows(table):
     "The row of each stored entry."
     return np.repeat(np.arange(table.shape[0], dtype=np.int64), np.diff(table.indptr))
 
+def _sums(members, values):
+    "Sums over the words of each phrase."
+    return np.where(members >= 0, values[np.maximum(members, 0)], 0).sum(1)
+
 def _entries(table, row, column):
     "Entries of a sparse matrix whose stored entries are sorted, 0 where nothing is stored."
     keys, wanted = _rows(table) * table.shape[1] + table.indices, row * table.shape[1] + column
@@ -336,7 +340,7 @@ def tf_idf_terms(
     found:Candidates, # what `candidates` found in at least two documents
 )->np.ndarray:        # scores (P,)
     "Occurrences of each candidate in the corpus, times its idf. No model calls."
-    return np.asarray(found.counts.sum(axis=0)).ravel() * _idf(found.counts)
+    return found.counts.sum(axis=0) * _idf(found.counts)
 
 # %% ../../../nbs/attribution/12_keyphrases.ipynb #c_value
 def c_value(
@@ -354,7 +358,7 @@ def c_value(
             parts.append(rows), owner.append(whose)
     kinds, kind = _same(np.concatenate(parts))
     inner, owner = kind[P:], np.concatenate(owner[1:])
-    own = np.asarray(found.counts.sum(axis=0)).ravel()
+    own = found.counts.sum(axis=0)
     frequency = np.bincount(kind[:P], weights=own, minlength=len(kinds)) + np.bincount(inner, weights=own[owner], minlength=len(kinds))
     pairs = np.unique(inner.astype(np.int64) * P + owner)
     inner, owner = pairs // P, pairs % P
@@ -366,12 +370,12 @@ def rake(
     found:Candidates, # what `candidates` found
 )->np.ndarray:        # scores (P,)
     "RAKE: the sum over words of degree by frequency, the degree being the lengths of the candidates they occur in (Rose et al. 2010). No model calls."
-    counts, inside = np.asarray(found.counts.sum(axis=0)).ravel(), found.members >= 0
+    counts, inside = found.counts.sum(axis=0), found.members >= 0
     word, W = found.members[inside], len(found.words)
     each = np.repeat(counts, inside.sum(1))
     degree = np.bincount(word, weights=each * np.repeat(inside.sum(1), inside.sum(1)), minlength=W)
     ratio = degree / np.maximum(np.bincount(word, weights=each, minlength=W), 1)
-    return np.where(inside, ratio[np.maximum(found.members, 0)], 0).sum(1)
+    return _sums(found.members, ratio)
 
 # %% ../../../nbs/attribution/12_keyphrases.ipynb #weirdness
 def weirdness(
@@ -384,10 +388,9 @@ def weirdness(
     words = [stem(w) for t in reference for w in words_of(t)]
     for w in words:
         if w in number: elsewhere[number[w]] += 1
-    here = np.asarray(found.terms.sum(axis=0)).ravel()
+    here = found.terms.sum(axis=0)
     odd = np.log((here + 1) / (found.sizes.sum() + 1)) - np.log((elsewhere + 1) / (len(words) + 1))
-    inside = found.members >= 0
-    return np.exp(np.where(inside, odd[np.maximum(found.members, 0)], 0).sum(1) / inside.sum(1))
+    return np.exp(_sums(found.members, odd) / (found.members >= 0).sum(1))
 
 # %% ../../../nbs/attribution/12_keyphrases.ipynb #ppmi_embeddings
 def ppmi_embeddings(
@@ -458,8 +461,7 @@ def revise(
     if scores.shape != (len(found.phrases),): refuse("scores", f"shape {scores.shape}", f"({len(found.phrases)},), one per phrase")
     if not np.isfinite(scores).all(): refuse("scores", "NaN or infinite entries", "finite numbers")
     if importance.shape != (len(found.words),): refuse("importance", f"shape {importance.shape}", f"({len(found.words)},), one per word")
-    inside = found.members >= 0
-    return scores * (1 + np.where(inside, importance[np.maximum(found.members, 0)], 0).sum(1) / inside.sum(1))
+    return scores * (1 + _sums(found.members, importance) / (found.members >= 0).sum(1))
 
 # %% ../../../nbs/attribution/12_keyphrases.ipynb #semre_rank
 def semre_rank(

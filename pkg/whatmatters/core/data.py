@@ -112,11 +112,16 @@ def _folder(folder, text, label, size):
     refuse("data", f"the folder {folder} with no table and no folders of images", "train and test tables, a folder of images per class, or PNG strips with labels.npy")
 
 # %% ../../../nbs/core/03_data.ipynb #_splits
+def _hub(source, **options):
+    "Anything that `datasets` loads."
+    import datasets
+    try: return datasets.load_dataset(source, **options)
+    except Exception as error: refuse("data", f"{source!r}, which did not load ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})", "a data set that the hub has and this machine reaches")
+
 def _splits(source, text, label, size, **options):
     "All labelled splits of anything that `datasets` loads."
     import datasets
-    try: splits = datasets.load_dataset(source, **options)
-    except Exception as error: refuse("data", f"{source!r}, which did not load ({type(error).__name__}: {str(error).splitlines()[0][:120]})", "a data set that the hub has and this machine reaches")
+    splits = _hub(source, **options)
     result = {}
     for name in [n for n in ("train", *TEST_SPLITS) if n in splits]:
         features = splits[name].features
@@ -183,9 +188,7 @@ def table(
         _no_texts(data)
         frame = getattr(datasets, f"load_{data}")(as_frame=True).frame
     elif kind == "hub":
-        import datasets
-        try: frame = datasets.load_dataset(data, split="train").to_pandas()
-        except Exception as error: refuse("data", f"{data!r}, which did not load ({type(error).__name__}: {str(error).splitlines()[0][:120]})", "a data set that the hub has and this machine reaches")
+        frame = _hub(data, split="train").to_pandas()
     else:
         found = {p.stem: p for p in sorted(Path(data).iterdir()) if p.suffix in (".csv", ".tsv", ".data", ".parquet")}
         if not found or ("train" not in found and len(found) > 1): refuse("data", f"the tables {', '.join(p.name for p in found.values()) or 'none'} in {data}", "one table, or one named train")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
 from .values import refuse
-from .data import source_kind
+from .data import _hub, source_kind
 
 # %% ../../../nbs/core/14_texts.ipynb #sentences_of
 def sentences_of(
@@ -164,11 +164,7 @@ def load_referenced(
     kind = source_kind(data)
     if data == "python": return _python()
     if kind == "embedded": refuse("data", repr(data), "texts: python, a folder, or owner/name on the hub")
-    if kind == "hub":
-        import datasets
-        try: return _columns(datasets.load_dataset(data, split=split).to_pandas(), data)
-        except ValueError: raise
-        except Exception as error: refuse("data", f"{data!r}, which did not load ({type(error).__name__}: {str(error).splitlines()[0][:120]})", "a data set that the hub has and this machine reaches")
+    if kind == "hub": return _columns(_hub(data, split=split).to_pandas(), data)
     return _folder(Path(data), split)
 
 # %% ../../../nbs/core/14_texts.ipynb #_folder
