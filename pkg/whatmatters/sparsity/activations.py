@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from ..core.calibration import _call, _calibrating, chain_of
 from ..core.hooks import _every_module_runs, module_of
 from ..core.keep import top
 from ..core.values import check_count, check_finite, refuse
@@ -56,6 +57,7 @@ def threshold_for(
 )->float:               # the threshold for `cett` and `truncated`
     "The threshold of a layer whose mean error of tail truncation is at most `error`, by bisection: log2(n d) products with the weight."
     _check_error(error)
+    activations, weight = activations.detach(), weight.detach()
     candidates = torch.cat([_wide(activations).new_zeros(1), neuron_magnitudes(activations, weight).flatten()]).unique()
     low, high = 0, len(candidates) # the first is 0 and costs nothing; behind the last there is none
     while high - low > 1:
@@ -68,17 +70,12 @@ def threshold_for(
 def _check_error(error):
     if not 0 <= error < 1: refuse("error", error, "a relative error in [0, 1)")
 
-# %% ../../../nbs/sparsity/12_activations.ipynb #_stack
+# %% ../../../nbs/sparsity/12_activations.ipynb #_down_of
 def _is_linear(module): return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None and module.weight.ndim == 2
 
 def _matrix(module):
     "The weight of a linear layer as (out, in); GPT-2's Conv1D keeps it the other way round."
     return module.weight if isinstance(module, nn.Linear) else module.weight.T
-
-def _stack(network):
-    "Name of the longest list of modules that each hold a linear layer below them; None without one."
-    lists = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1 and all(not _is_linear(b) and any(map(_is_linear, b.modules())) for b in m)]
-    return max(lists, key=lambda found: len(found[1]))[0] if lists else None
 
 def _down_of(name, block):
     "The down projection of a block, by order, and checked by shape."
@@ -101,7 +98,7 @@ def feed_forwards(
         found = {name: module_of(network, name) for name in layers}
         for name, m in found.items():
             if not _is_linear(m): refuse("layers", f"{name}, a {type(m).__name__}", "linear layers")
-    elif (stack := _stack(network)) is not None: found = dict(_down_of(f"{stack}.{i}", b) for i, b in enumerate(module_of(network, stack)))
+    elif (chain := chain_of(network)) and not _is_linear(chain[0][1]): found = dict(_down_of(name, block) for name, block in chain)
     else: found = dict([(n, m) for n, m in network.named_modules() if _is_linear(m)][1:])
     if not found: refuse("network", f"a {type(network).__name__} without neurons between two linear layers", "one with a feed-forward part")
     return found
@@ -204,11 +201,7 @@ class Curve:
             self._kept += (1 - dropped.double() / a.shape[1]).sum(0)
             self.tokens += len(a)
 
-# %% ../../../nbs/sparsity/12_activations.ipynb #_run
-def _run(network, batch):
-    "A batch is a tensor, a tuple of arguments or a dict of named ones."
-    return network(**batch) if isinstance(batch, dict) else network(*batch) if isinstance(batch, (tuple, list)) else network(batch)
-
+# %% ../../../nbs/sparsity/12_activations.ipynb #_list_of
 def _list_of(batches):
     batches = [batches] if isinstance(batches, (Tensor, dict)) else list(batches)
     if not batches: refuse("batches", "none", "at least one batch of calibration data")
@@ -216,7 +209,7 @@ def _list_of(batches):
 
 # %% ../../../nbs/sparsity/12_activations.ipynb #error_curves
 def error_curves(
-    network,     # a model in eval mode
+    network,     # a model in evaluation mode
     batches,     # calibration data: tensors, tuples of arguments, or dicts of named ones, whose attention_mask is heeded
     layers=None, # names of the down projections; None: as `feed_forwards` finds them
     tokens:int|None=None, # at most so many tokens of each batch, evenly spaced; None: all
@@ -229,8 +222,8 @@ def error_curves(
         x = x.detach() if valid is None else x.detach()[valid]
         if seen is not None and len(x) > seen: x = x[torch.linspace(0, len(x) - 1, seen, device=x.device).round().long()]
         if len(x): curves[name].add(_wide(check_finite(f"activations of {name}", x)), _wide(_matrix(module).detach()))
-    with torch.no_grad(), _rows_of(network, found, look):
-        for batch in _list_of(batches): (call or _run)(network, batch)
+    with torch.no_grad(), _calibrating(network), _rows_of(network, found, look):
+        for batch in _list_of(batches): (call or _call)(network, batch)
     if idle := [name for name, c in curves.items() if not c.tokens]: refuse("network", f"no token in {idle[0]}", "a network that runs all of these layers")
     return curves
 
@@ -253,12 +246,11 @@ def _next_token(network, batch):
     losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return losses if mask is None else losses[(mask[:, 1:] * mask[:, :-1]).flatten().bool()]
 
-def _mean_loss(network, batches, loss, inside=contextlib.nullcontext):
+def _mean_loss(network, batches, loss):
     total, n = 0., 0
-    with torch.no_grad(), inside():
+    with torch.no_grad(), _calibrating(network):
         for batch in batches:
             each = loss(network, batch)
-            if not isinstance(each, Tensor) or each.ndim != 1: refuse("loss", f"shape {tuple(getattr(each, 'shape', ()))}", "one loss for each token or row, (n,)")
             total, n = total + float(each.double().sum()), n + len(each)
     return total / n if n else float("nan")
 
