@@ -165,7 +165,7 @@ def truncated(
     with _rows_of(network, found, cut): yield kept
 
 # %% ../../../nbs/sparsity/12_activations.ipynb #Curve
-_PER_OCTAVE, _ABOVE, _BELOW, _BYTES = 32, 4, 32, 2 ** 24 # grid: octaves above and below the largest part of the first batch; memory of the running sums
+_PER_OCTAVE, _ABOVE, _BELOW = 32, 4, 32 # grid: points per octave, octaves above and below the largest part of the first batch
 
 class Curve:
     "CETT and share of kept neurons of a layer at a grid of thresholds: `thresholds`, `errors`, `kept`, each (K,), ascending in the threshold; over `tokens` tokens."
@@ -191,7 +191,7 @@ class Curve:
             steps = torch.arange(-_BELOW * _PER_OCTAVE, _ABOVE * _PER_OCTAVE + 1, device=a.device, dtype=torch.float64) / _PER_OCTAVE
             self.thresholds = torch.cat([steps.new_zeros(1), sizes.max().double().clamp_min(1e-30) * 2 ** steps]).to(a.dtype)
             self._errors, self._kept = torch.zeros(2, len(self.thresholds), device=a.device, dtype=torch.float64)
-        columns, chunk = w.T.contiguous(), max(1, _BYTES // (w.numel() * w.element_size()))
+        columns, chunk = w.T.contiguous(), max(1, 2 ** (28 if w.is_cuda else 24) // (w.numel() * w.element_size())) # so many bytes of running sums, or those of one token
         for a, sizes in zip(a.split(chunk), sizes.split(chunk)):
             sizes, order = sizes.sort(dim=1)
             sums = (a.gather(1, order)[..., None] * columns[order]).cumsum(1)
