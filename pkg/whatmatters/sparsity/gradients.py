@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['removal_error', 'gblm', 'mask_structure', 'dpruner', 'zeroth_order', 'ecoflap_shares']
 
-# %% ../../../nbs/sparsity/03_gradients.ipynb #63c4c067
+# %% ../../../nbs/sparsity/03_gradients.ipynb #e3d367e3
+import math
 import torch
 from torch import Tensor
-from ..core.calibration import weights_of
+from ..core.calibration import next_token_loss, weights_of
 from ..core.keep import count_of
 from ..core.values import check_count, check_finite, normal_like, refuse, seeded
+from .allocation import _shapes, _whole
+from .weights import SCORES, Score, check_sparsity, wanda
 
 # %% ../../../nbs/sparsity/03_gradients.ipynb #removal_error
 def removal_error(
@@ -29,22 +32,23 @@ def _floats(weight, **others):
     dtype, found = torch.promote_types(weight.dtype, torch.float32), []
     for name, t in others.items():
         t = torch.as_tensor(t, device=weight.device)
-        if t.ndim and t.shape not in (weight.shape, weight.shape[1:]) or name == "norm" and t.shape != weight.shape[1:]:
-            refuse(name, f"shape {tuple(t.shape)}", f"{tuple(weight.shape[1:] if name == 'norm' else weight.shape)}, as the weights are {tuple(weight.shape)}")
+        if t.ndim and t.shape != weight.shape: refuse(name, f"shape {tuple(t.shape)}", f"that of the weights, {tuple(weight.shape)}")
         found.append(check_finite(name, t).to(dtype))
     return check_finite("weight", weight).detach().to(dtype), *found
 
 # %% ../../../nbs/sparsity/03_gradients.ipynb #gblm
 def gblm(
     weight:Tensor,      # (out, in)
-    norm:Tensor,        # of each input: root of the mean over calibration sequences of its squared l2 norm, (in,)
+    norm:Tensor,        # of each input: root of the mean over calibration sequences of its squared l2 norm, (in,), or (groups, in) of a grouped convolution
     gradient:Tensor,    # l2 (or l1) norm of the gradient of each weight over the calibration sequences, (out, in)
     alpha:float=100.,   # weight of the gradient
 )->Tensor:              # scores, (out, in), float32 at least
     "GBLM-Pruner's score |W| (norm + alpha gradient), to be kept row by row (Das et al. 2023, arXiv:2311.04902). No model calls; the gradients cost one backward pass per sequence."
     if not isinstance(alpha, (int, float)) or not 0 <= alpha < float("inf"): refuse("alpha", alpha, "a finite number of at least 0")
-    w, x, g = _floats(weight, norm=norm, gradient=gradient)
-    return w.abs() * (x + alpha * g)
+    w, g = _floats(weight, gradient=gradient)
+    return wanda(weight, norm) + alpha * w.abs() * g
+
+SCORES["gblm"] = Score(lambda w, s, g: gblm(w.matrix, s.norm / max(s.sequences, 1) ** .5, g.sqrt()), ("norm", "sequence"), 2, "row")
 
 # %% ../../../nbs/sparsity/03_gradients.ipynb #mask_structure
 def mask_structure(
@@ -83,8 +87,8 @@ def dpruner(
 def zeroth_order(
     network,               # a module
     batches,               # calibration batches; each is given to `loss`
-    loss,                  # (network, batch) -> scalar
-    weights:dict|None=None,# name -> `core.calibration.Weight`; None: all of the network
+    loss=None,             # (network, batch) -> scalar; None: the next-token loss of transformers
+    weights:dict|None=None,# name -> `core.calibration.Weight`; None: `weights_of(network)`
     probes:int=1,          # directions for each weight matrix and batch
     scale:float=1e-3,      # mu: how far along each direction
     generator=None,        # of the directions: a generator or a seed
@@ -92,7 +96,7 @@ def zeroth_order(
     """How steep the loss is in each weight matrix, from forward passes alone (ECoFLaP, Sung et al. 2024, arXiv:2310.02998). The mean of the slopes estimates sqrt(2 / pi) times the l2 norm of the gradient.
 
     Cost: 2 forward passes for each matrix, batch and probe; memory for two copies of one matrix. The weights are put back from a copy, bit by bit, also when the loss fails."""
-    weights, generator = weights_of(network) if weights is None else weights, seeded(generator)
+    weights, generator, loss = weights_of(network) if weights is None else weights, seeded(generator), loss or next_token_loss
     check_count("probes", probes)
     if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"): refuse("scale", scale, "a finite number above 0")
     slopes, training = {name: [] for name in weights}, network.training
@@ -122,30 +126,30 @@ def _slope(network, batch, loss, matrix, scale, generator, name):
 # %% ../../../nbs/sparsity/03_gradients.ipynb #ecoflap_shares
 def ecoflap_shares(
     importances:dict,         # name -> a number, or slopes whose mean is taken; not negative
-    counts:dict,              # name -> number of weights
+    weights:dict,             # name -> tensor or shape
     sparsity:float=.5,        # share of all weights that goes, in [0, 1)
     cap:float|None=None,      # most that may go of a layer; None: `sparsity` + 0.1, at most 1
-    groups:dict|None=None,    # name -> block: its matrices get one ratio, by the sum of their importances
-)->dict:                      # name -> share of the weights that goes
-    "Layer-wise sparsity from layer-wise importance, as in ECoFLaP (Sung et al. 2024, arXiv:2310.02998). No model calls."
-    if not importances or set(importances) != set(counts) or groups is not None and set(groups) != set(counts): refuse("importances, counts, groups", f"{len(importances)}, {len(counts)} and {'no' if groups is None else len(groups)} names", "the same names")
-    if not 0 <= sparsity < 1: refuse("sparsity", sparsity, "a share in [0, 1)")
+    groups:dict|None=None,    # name -> block: its matrices get one share, by the sum of their importances
+)->dict:                      # name -> share kept
+    "Layer-wise shares from layer-wise importance, as in ECoFLaP (Sung et al. 2024, arXiv:2310.02998). No model calls."
+    shapes, kept_of_all = _shapes(weights), 1 - check_sparsity(sparsity)
+    groups = {name: name for name in shapes} if groups is None else groups
+    if set(importances) != set(shapes) or set(groups) != set(shapes): refuse("importances, groups", f"{len(importances)} and {len(groups)} names", f"those of the {len(shapes)} weights")
     cap = min(sparsity + .1, 1.) if cap is None else cap
     if not sparsity <= cap <= 1: refuse("cap", cap, f"a share from the sparsity, {sparsity}, to 1")
-    groups = {name: name for name in counts} if groups is None else groups
-    blocks = list(dict.fromkeys(groups.values()))
+    sizes, blocks = {name: math.prod(s) for name, s in shapes.items()}, list(dict.fromkeys(groups.values()))
     importance, size = (torch.zeros(len(blocks), dtype=torch.float64) for _ in range(2))
     for name, group in groups.items():
         importance[blocks.index(group)] += torch.as_tensor(importances[name], dtype=torch.float64).mean()
-        size[blocks.index(group)] += check_count("counts", counts[name])
+        size[blocks.index(group)] += sizes[name]
     if not importance.isfinite().all() or (importance < 0).any(): refuse("importances", importance.tolist(), "finite numbers, none negative")
     kept = size * (1 - cap)
-    for _ in range(len(blocks) + 1): # each round fills at least one layer, or ends
-        left, open_ = size.sum() * (1 - sparsity) - kept.sum(), kept < size
-        if left <= 0 or not open_.any(): break
-        part = importance * open_ if (importance * open_).any() else (size - kept) # nothing left that matters: by the room there is
+    for _ in range(len(blocks) + 1): # each round fills at least one block, or ends
+        left, part = size.sum() * kept_of_all - kept.sum(), importance * (kept < size)
+        if left <= 0: break
+        if not part.any(): part = size - kept # nothing left that matters: by the room there is
         grown = kept + left * part / part.sum()
         kept = torch.minimum(grown, size)
         if (grown <= size).all(): break
-    share = dict(zip(blocks, (1 - kept / size).clamp(0, 1).tolist()))
-    return {name: share[group] for name, group in groups.items()}
+    share = dict(zip(blocks, (kept / size).clamp(0, 1).tolist()))
+    return _whole({name: share[group] for name, group in groups.items()}, sizes, count_of(kept_of_all, sum(sizes.values())))

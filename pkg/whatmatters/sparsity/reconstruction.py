@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['LEAF', 'obs_factor', 'reconstruct', 'output_error', 'least_squares', 'obs_importance', 'sparsegpt', 'prune_sparsegpt']
 
-# %% ../../../nbs/sparsity/02_reconstruction.ipynb #c38f73fa
+# %% ../../../nbs/sparsity/02_reconstruction.ipynb #44989e6b
 import warnings
 import torch
 from torch import Tensor
 from ..core.calibration import restoring, walk, weights_of
 from ..core.keep import n_of_m, top
 from ..core.values import check_count, check_finite, refuse
+from .weights import SCORES, Score, _pattern, check_sparsity
 
 # %% ../../../nbs/sparsity/02_reconstruction.ipynb #obs_factor
 def obs_factor(
@@ -117,12 +118,19 @@ def obs_importance(
     U = factor.to(weight.device)
     return weight.detach().to(torch.promote_types(weight.dtype, U.dtype)).square() / U.square().sum(0)
 
+def _obs(weight, statistics, gradients):
+    "The same for each group of a convolution; a whole network's, in memory at once: second moments of all layers."
+    groups = statistics.second if statistics.second.ndim == 3 else statistics.second[None]
+    return torch.cat([obs_importance(w, obs_factor(h)) for w, h in zip(weight.matrix.chunk(len(groups)), groups)])
+
+SCORES["obs"] = Score(_obs, ("second",))
+
 # %% ../../../nbs/sparsity/02_reconstruction.ipynb #sparsegpt
 def sparsegpt(
     weight:Tensor,             # (out, in)
     second:Tensor,             # sum or mean of x x^T over the inputs, (in, in)
     sparsity:float=.5,         # share of the weights that go, in [0, 1)
-    pattern:tuple|None=None,   # (n, m): n of every m neighbours stay, and `sparsity` is not used
+    pattern=None,              # n of every m neighbours stay: "2:4" or (2, 4); `sparsity` is not used then
     block:int=128,             # columns over which the share is exact
     damp:float=.01,            # as for `obs_factor`
     factor:Tensor|None=None,   # from `obs_factor`, where several layers have the same inputs
@@ -130,10 +138,11 @@ def sparsegpt(
     """SparseGPT (Frantar & Alistarh 2023, arXiv:2301.00774): prune by w^2 / U_jj^2 and pass the loss on. No model calls; out x in^2 multiplications.
 
     Exactly the share of every block goes; weights of inputs that are always zero go first. (The reference sets all of these to zero, whatever the share.)"""
-    if not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1: refuse("sparsity", sparsity, "a share in [0, 1)")
+    check_sparsity(sparsity)
     if second.shape != 2 * weight.shape[1:]: refuse("second", f"shape {tuple(second.shape)}", f"{tuple(2 * weight.shape[1:])}, for the inputs of the weights {tuple(weight.shape)}")
     if pattern is not None:
-        if len(pattern) != 2 or not 0 < pattern[0] <= pattern[1]: refuse("pattern", pattern, "(n, m) with 0 < n <= m")
+        kind, pattern, _ = _pattern(pattern, None)
+        if kind != ":": refuse("pattern", "blocks", 'n of m kept, as "2:4" or (2, 4)')
         if weight.shape[1] % pattern[1]: refuse("pattern", f"m={pattern[1]} for {weight.shape[1]} inputs", "one that divides their number")
     factor = obs_factor(second, damp) if factor is None else factor
     live = (second.diagonal() > 0).to(weight.device)
@@ -152,7 +161,7 @@ def prune_sparsegpt(
     network,                   # a module in evaluation mode; changed in place
     batches,                   # calibration batches, as in `core.calibration.calibrate`
     sparsity:float|dict=.5,    # share of the weights that go, or name -> share
-    pattern:tuple|None=None,   # (n, m): n of every m neighbours stay, and `sparsity` is not used
+    pattern=None,              # n of every m neighbours stay: "2:4" or (2, 4); `sparsity` is not used then
     sequential:bool=False,     # whether later blocks see the pruned earlier ones
     weights:dict|None=None,    # name -> `core.calibration.Weight`; None: all of the network
     block:int=128,             # columns over which the share is exact
@@ -164,8 +173,7 @@ def prune_sparsegpt(
     Cost: one forward pass of each row, two when `sequential`, and for each input width one factorisation; memory as for `core.calibration.walk`, and a copy of the weights on the CPU. A network without a list of blocks is one block."""
     weights, masks = weights_of(network) if weights is None else weights, {}
     if isinstance(sparsity, dict) and set(sparsity) != set(weights): refuse("sparsity", f"a dict of {len(sparsity)} names", f"a share for each of the {len(weights)} weights, and for no other")
-    for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]:
-        if not isinstance(s, (int, float)) or not 0 <= s < 1: refuse("sparsity", s, "a share in [0, 1)")
+    for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_sparsity(s)
     with restoring(weights):
         for _, _, statistics in walk(network, batches, ("second",), weights, sequential):
             factors = {} # of inputs, by the object that weights with the same input share
