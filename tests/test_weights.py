@@ -305,3 +305,22 @@ def test_peer_torch_prune():
     peer.global_unstructured([(m, "weight") for m in other if isinstance(m, nn.Linear)], peer.L1Unstructured, amount=count_of(.4, sum(p.numel() for n, p in network.named_parameters() if n.endswith("weight"))))
     for mine, theirs in zip(network, other):
         if isinstance(mine, nn.Linear): assert mine.weight.equal(theirs.weight)
+
+
+def test_sequential_recalibration_sees_pruned_inputs():
+    network, plain = llama(), llama()
+    calls = []
+    network.model.layers[0].register_forward_hook(lambda *a: calls.append(1))
+    report = prune(network, "wanda", .5, [IDS], sequential=True)
+    assert len(calls) <= 3 and list(report.masks) == list(weights_of(network)) # the entry, statistics, and once more when pruned
+    once = prune(plain, "wanda", .5, [IDS])
+    first, later = ([n for n in report.masks if f"layers.{i}." in n] for i in (0, 1))
+    assert all(report.masks[n].equal(once.masks[n]) for n in first) and any(not report.masks[n].equal(once.masks[n]) for n in later)
+    half = llama() # the second block by the definition: statistics of a network whose first block is pruned
+    prune(half, "wanda", .5, [IDS], weights={n: weights_of(half)[n] for n in first})
+    expected = prune(half, "wanda", .5, [IDS], weights={n: weights_of(half)[n] for n in later})
+    assert all(report.masks[n].equal(expected.masks[n]) for n in later)
+    untouched = llama()
+    for options, message in ((dict(score="magnitude"), "sequential: got True"), (dict(allocation="global"), "sequential: got True"), (dict(score="fisher"), "sequential: got True"), (dict(sparsity=.999), "which leaves nothing of"), (dict(batches=[]), "batches: got none")):
+        with pytest.raises(ValueError, match=message): prune(untouched, **{"score": "wanda", "sparsity": .5, "batches": [IDS], "sequential": True, **options})
+    assert same(untouched, llama())
