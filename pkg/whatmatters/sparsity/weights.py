@@ -7,7 +7,8 @@ __all__ = ['SCORES', 'magnitude', 'lamp', 'dimap', 'swin_modules', 'wanda', 'ria
            'contribution_entropy', 'snip', 'taylor', 'fisher', 'random', 'Score', 'contributions', 'score_weights',
            'check_sparsity', 'Pruned', 'prune', 'hold_members', 'semi_structured']
 
-# %% ../../../nbs/sparsity/00_weights.ipynb #2d276b38
+# %% ../../../nbs/sparsity/00_weights.ipynb #43934117
+import contextlib
 import html
 import importlib
 import importlib.util
@@ -16,7 +17,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from ..core.calibration import _calibrating, calibrate, coverage, gradients, listen, weights_of
+from ..core.calibration import _calibrating, calibrate, coverage, gradients, listen, restoring, walk, weights_of
 from ..core.ensemble import adam
 from ..core.keep import blocks, n_of_m, top
 from ..core.values import refuse, check_finite, check_count, seeded
@@ -268,23 +269,26 @@ def score_weights(
     of = _scorer(network, score, batches, weights, loss, generator)
     return {name: of(name) for name in weights}
 
-def _scorer(network, score, batches, weights, loss, generator):
-    "Name -> checked scores, made when asked for; what they need from the data is had now."
+def _listed(batches): return [batches] if isinstance(batches, Tensor) else batches if batches is None else list(batches)
+
+def _scorer(network, score, batches, weights, loss, generator, statistics=None):
+    "Name -> checked scores, made when asked for; what they need from the data is had now, unless statistics come later."
     if isinstance(score, dict):
         if set(score) != set(weights): refuse("score", f"scores of {len(score)} weights", f"one for each of the {len(weights)} weights: {', '.join(list(weights)[:3])}, ...")
         of = lambda name: score[name]
     else:
-        entry, statistics, slopes = _score(score), {}, {}
+        entry, slopes, now = _score(score), {}, statistics is None
         if (entry.want or entry.power is not None) and batches is None: refuse("batches", "none", f"calibration batches, which the score {score if isinstance(score, str) else ''} needs")
-        batches = [batches] if isinstance(batches, Tensor) else batches if batches is None else list(batches)
-        if entry.want: statistics = entry.want(network, batches, weights) if callable(entry.want) else calibrate(network, batches, weights, entry.want)
+        batches = _listed(batches)
+        if now: statistics = {}
+        if now and entry.want: statistics = entry.want(network, batches, weights) if callable(entry.want) else calibrate(network, batches, weights, entry.want)
         if entry.power is not None: slopes = gradients(network, batches, loss, weights, entry.power)
         drawn = {"generator": seeded(generator)} if entry.draws else {}
         of = lambda name: entry.of(weights[name], statistics.get(name), slopes.get(name), **drawn)
     def checked(name):
         found, shape = of(name), tuple(weights[name].matrix.shape)
         if tuple(found.shape) != shape: refuse("score", f"scores of shape {tuple(found.shape)} for {name}", f"shape {shape}")
-        return check_finite(f"scores of {name}", found)
+        return check_finite(f"scores of {name}", found).to(weights[name].matrix.device)
     return checked
 
 # %% ../../../nbs/sparsity/00_weights.ipynb #check_sparsity
@@ -311,9 +315,9 @@ def _pattern(pattern, sparsity):
         return kind, sizes, of
     return kind, sizes, check_sparsity(.5 if sparsity is None else sparsity)
 
-# %% ../../../nbs/sparsity/00_weights.ipynb #058c8115
-def _masks(weights, of, sparsity, kind, sizes, allocation, per):
-    "What is kept of each weight, by name."
+# %% ../../../nbs/sparsity/00_weights.ipynb #dc52fb7b
+def _plan(weights, of, sparsity, kind, sizes, allocation, per):
+    "What share of each weight is kept, and its scores by name, in which weights that are zero already come last."
     from whatmatters.sparsity.allocation import ALLOCATIONS, NEEDS_SCORES
     if per not in ("row", "tensor"): refuse("per", repr(per), '"row" or "tensor"; the whole model is allocation="global"')
     for name, w in weights.items():
@@ -321,27 +325,28 @@ def _masks(weights, of, sparsity, kind, sizes, allocation, per):
         if kind == ":" and columns % sizes[1]: refuse("pattern", f"{sizes[0]}:{sizes[1]} for {name}, which has {columns} inputs", f"weights whose inputs are a multiple of {sizes[1]}")
         if kind == "x" and (rows % sizes[0] or columns % sizes[1]): refuse("pattern", f"{sizes[0]}x{sizes[1]} for {name} of shape {(rows, columns)}", "blocks that divide it")
     if kind == ":" and allocation != "uniform": refuse("allocation", repr(allocation), f'"uniform" with the pattern {sizes[0]}:{sizes[1]}, which leaves no choice')
-    shaped = {n: w.parameter.detach() if w.parameter.numel() == w.matrix.numel() else w.matrix for n, w in weights.items()} # those of convolutions with their kernel
-    def scores(name, floor=None):
-        found, zero = of(name), weights[name].matrix == 0
-        return torch.where(zero, (found.amin().clamp_max(0) if floor is None else floor) - 1, found) if zero.any() else found # zeros go first
+    def last(name, found, floor):
+        zero = weights[name].matrix == 0
+        return torch.where(zero, floor - 1, found) if zero.any() else found
+    scores = lambda name: last(name, found := of(name), found.amin().clamp_max(0))
     if isinstance(allocation, dict): shares = allocation
     else:
-        allocate = ALLOCATIONS.get(allocation) if isinstance(allocation, str) else allocation
+        allocate, ready = ALLOCATIONS.get(allocation) if isinstance(allocation, str) else allocation, None
         if not callable(allocate): refuse("allocation", repr(allocation), f"one of {', '.join(ALLOCATIONS)}; a function (weights, scores, sparsity) -> shares kept; or a dict of them")
-        ready = None
-        if allocation in NEEDS_SCORES or callable(allocation):
-            floor = min(float(of(n).min()) for n in weights)
-            ready = {n: scores(n, min(floor, 0.)) for n in weights}
+        if callable(allocation) or allocation in NEEDS_SCORES:
+            ready = {name: of(name) for name in weights}
+            floor = min(0., min(float(s.min()) for s in ready.values()))
+            ready = {name: last(name, s, floor) for name, s in ready.items()}
+            scores = ready.__getitem__
+        shaped = {n: w.parameter.detach() if w.parameter.numel() == w.matrix.numel() else w.matrix for n, w in weights.items()} # those of convolutions with their kernel
         shares = allocate(shaped, ready, sparsity)
-        if ready is not None: scores = ready.__getitem__
     if set(shares) != set(weights): refuse("allocation", f"shares of {len(shares)} weights", f"one for each of the {len(weights)}")
-    def mask(name):
-        if kind == ":": kept = n_of_m(scores(name), *sizes)
-        elif kind == "x": kept = blocks(scores(name), sizes, ratio=shares[name], per=per)
-        else: kept = top(scores(name), ratio=shares[name], per=per)
-        return kept.to(weights[name].matrix.device) & (weights[name].matrix != 0)
-    return {name: mask(name) for name in weights}
+    return shares, scores
+
+def _mask(weight, scores, share, kind, sizes, per):
+    "What is kept of one weight; never what is zero already."
+    kept = n_of_m(scores, *sizes) if kind == ":" else blocks(scores, sizes, ratio=share, per=per) if kind == "x" else top(scores, ratio=share, per=per)
+    return kept & (weight.matrix != 0)
 
 # %% ../../../nbs/sparsity/00_weights.ipynb #Pruned
 class Pruned:
@@ -400,25 +405,34 @@ def prune(
     weights:dict|None=None,# name -> `Weight`; None: `weights_of(network)`
     loss=None,             # (network, batch) -> number, for gradients; None: the next-token loss of transformers
     allow_empty:bool=False,# whether a layer may lose all of its weights
+    sequential:bool=False, # whether the later blocks of a transformer are scored on what the pruned earlier ones give; for scores of statistics
     generator=None,        # for scores that draw
 )->Pruned:                 # masks, sparsity by weight, coverage; `.hold()` for training on
     """Set the weights to zero that matter least. Zeros save neither time nor memory by themselves: see the end of the chapter.
 
-    Cost: none, one forward pass or one forward and backward pass per calibration batch, by the score. Memory beside the network: a mask (one byte per weight), statistics, and the scores of one layer at a
-    time, or of all with an allocation that compares them over the model."""
+    Cost: none, one forward pass or one forward and backward pass per calibration row, by the score; `sequential`: two forward passes, and a copy of the weights on the CPU meanwhile. Memory beside the network: a mask (one byte
+    per weight), statistics, and the scores of one layer at a time, or of all with an allocation that compares them over the model."""
     kind, sizes, sparsity = _pattern(pattern, sparsity)
     weights = weights_of(network) if weights is None else weights
     if not weights: refuse("weights", "none", "at least one weight matrix to prune")
     for name, w in weights.items(): check_finite(name, w.matrix)
-    zeros, total = sum(int((w.matrix == 0).sum()) for w in weights.values()), sum(w.matrix.numel() for w in weights.values())
+    batches = _listed(batches)
+    alive, total = {n: int((w.matrix != 0).sum()) for n, w in weights.items()}, sum(w.matrix.numel() for w in weights.values())
     own = Score(None) if isinstance(score, dict) else _score(score)
-    allocation = allocation or ("uniform" if kind == ":" else own.allocation)
-    masks = _masks(weights, _scorer(network, score, batches, weights, loss, generator), sparsity, kind, sizes, allocation, per or own.per)
-    removed = sum(int((weights[n].matrix != 0).sum() - m.sum()) for n, m in masks.items())
-    if sparsity and zeros and not removed: refuse("network", f"one already pruned to {zeros / total:.1%}", f"a sparsity above that, not {sparsity:g}")
-    empty = [n for n, m in masks.items() if not m.any() and (weights[n].matrix != 0).any()]
-    if empty and not allow_empty: refuse("sparsity", f"{sparsity:g}, which leaves nothing of {', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}", "less, another allocation, or allow_empty=True")
-    return Pruned(weights, masks, coverage(network, weights)).apply()
+    allocation, per, statistics, masks = allocation or ("uniform" if kind == ":" else own.allocation), per or own.per, {} if sequential else None, {}
+    if sequential and (not own.want or callable(own.want) or own.power is not None or allocation in ("global", "owl") or callable(allocation)):
+        refuse("sequential", True, "a score of statistics of inputs, such as wanda, and an allocation that does not compare scores of all layers")
+    shares, scores = _plan(weights, _scorer(network, score, batches, weights, loss, generator, statistics), sparsity, kind, sizes, allocation, per)
+    with restoring(weights) if sequential else contextlib.nullcontext():
+        for _, _, found in walk(network, batches, own.want, weights, sequential=True) if sequential else [(None, None, weights)]:
+            if sequential: statistics |= found
+            masks |= {n: _mask(weights[n], scores(n), shares[n], kind, sizes, per) for n in found}
+            if sequential: Pruned({n: weights[n] for n in found}, {n: masks[n] for n in found}, "").apply()
+        removed = sum(alive[n] - int(m.sum()) for n, m in masks.items())
+        if sparsity and not removed and sum(alive.values()) < total: refuse("network", f"one already pruned to {1 - sum(alive.values()) / total:.1%}", f"a sparsity above that, not {sparsity:g}")
+        empty = [n for n, m in masks.items() if alive[n] and not m.any()]
+        if empty and not allow_empty: refuse("sparsity", f"{sparsity:g}, which leaves nothing of {', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}", "less, another allocation, or allow_empty=True")
+    return Pruned(weights, {n: masks[n] for n in weights}, coverage(network, weights)).apply()
 
 # %% ../../../nbs/sparsity/00_weights.ipynb #hold_members
 def hold_members(
