@@ -154,7 +154,7 @@ def test_a_network_of_convolutions_linear_layers_and_experts():
     experts = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=40, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2)).eval()
     for network, batches in ((pictures, [torch.randn(30, 4, 6, 6) for _ in range(5)]), (experts, [torch.randint(40, (8, 16)) for _ in range(2)])):
         before = {n: v.matrix.clone() for n, v in weights_of(network).items()}
-        masks = prune_sparsegpt(network, batches, .5)
+        masks = prune_sparsegpt(network, batches, .5).masks
         for name, v in weights_of(network).items():
             assert masks[name].shape == v.matrix.shape and not v.matrix[~masks[name]].any() and abs(float(masks[name].double().mean()) - .5) < .02, name
             assert not torch.equal(v.matrix, before[name])
@@ -164,7 +164,7 @@ def test_a_budget_for_each_layer_and_one_forward_pass():
     torch.manual_seed(0)
     network, calls = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12)).eval(), []
     network.register_forward_hook(lambda *_: calls.append(1))
-    masks = prune_sparsegpt(network, list(torch.randn(6, 40, 10)), {"0.weight": .25, "2.weight": .75})
+    masks = prune_sparsegpt(network, list(torch.randn(6, 40, 10)), {"0.weight": .25, "2.weight": .75}).masks
     assert [int(m.sum()) for m in masks.values()] == [90, 36] and len(calls) == 6
-    with pytest.warns(UserWarning, match="batches: 3 rows for the 1[02] inputs of [02].weight"): prune_sparsegpt(network, [torch.randn(3, 10)])
+    with pytest.warns(UserWarning, match="batches: 3 rows for the 1[02] inputs of [02].weight"): prune_sparsegpt(network, [torch.randn(3, 10)], .7)
     with pytest.raises(ValueError, match="sparsity: got 1.5"): prune_sparsegpt(network, [torch.randn(30, 10)], {"0.weight": 1.5, "2.weight": 0})

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LEAF', 'obs_factor', 'reconstruct', 'output_error', 'least_squares', 'obs_importance', 'sparsegpt', 'prune_sparsegpt']
 
-# %% ../../../nbs/sparsity/02_reconstruction.ipynb #44989e6b
+# %% ../../../nbs/sparsity/02_reconstruction.ipynb #aa6df067
 import warnings
 import torch
 from torch import Tensor
-from ..core.calibration import restoring, walk, weights_of
+from ..core.calibration import coverage, restoring, walk, weights_of
 from ..core.keep import n_of_m, top
 from ..core.values import check_count, check_finite, refuse
-from .weights import SCORES, Score, _pattern, check_sparsity
+from .weights import SCORES, Pruned, Score, _pattern, check_sparsity
 
 # %% ../../../nbs/sparsity/02_reconstruction.ipynb #obs_factor
 def obs_factor(
@@ -167,13 +167,16 @@ def prune_sparsegpt(
     block:int=128,             # columns over which the share is exact
     damp:float=.01,            # as for `obs_factor`
     progress=None,             # called with (weight matrices done, of how many)
-)->dict:                       # name -> what stays, boolean, (out, in)
+)->Pruned:                     # masks, sparsity by weight, coverage; `.hold()` for training on
     """Prune a network with SparseGPT (Frantar & Alistarh 2023, arXiv:2301.00774). If anything fails, the weights are what they were.
 
     Cost: one forward pass of each row, two when `sequential`, and for each input width one factorisation; memory as for `core.calibration.walk`, and a copy of the weights on the CPU. A network without a list of blocks is one block."""
     weights, masks = weights_of(network) if weights is None else weights, {}
     if isinstance(sparsity, dict) and set(sparsity) != set(weights): refuse("sparsity", f"a dict of {len(sparsity)} names", f"a share for each of the {len(weights)} weights, and for no other")
     for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_sparsity(s)
+    zeros, total = sum(int((w.matrix == 0).sum()) for w in weights.values()), sum(w.matrix.numel() for w in weights.values())
+    aim = sum(sparsity[n] * w.matrix.numel() for n, w in weights.items()) / total if isinstance(sparsity, dict) else sparsity
+    if pattern is None and zeros and zeros >= aim * total > 0: refuse("network", f"one already pruned to {zeros / total:.1%}", f"a sparsity above that, not {aim:g}")
     with restoring(weights):
         for _, _, statistics in walk(network, batches, ("second",), weights, sequential):
             factors = {} # of inputs, by the object that weights with the same input share
@@ -186,4 +189,4 @@ def prune_sparsegpt(
                 new, masks[name] = (torch.cat(p) for p in zip(*parts))
                 weights[name].matrix.copy_(new)
                 if progress: progress(len(masks), len(weights))
-    return masks
+    return Pruned(weights, masks, coverage(network, weights))
