@@ -140,7 +140,7 @@ def ecoflap_shares(
     sizes, blocks = {name: math.prod(s) for name, s in shapes.items()}, list(dict.fromkeys(groups.values()))
     importance, size = (torch.zeros(len(blocks), dtype=torch.float64) for _ in range(2))
     for name, group in groups.items():
-        importance[blocks.index(group)] += torch.as_tensor(importances[name], dtype=torch.float64).mean()
+        importance[blocks.index(group)] += float(torch.as_tensor(importances[name], dtype=torch.float64).mean())
         size[blocks.index(group)] += sizes[name]
     if not importance.isfinite().all() or (importance < 0).any(): refuse("importances", importance.tolist(), "finite numbers, none negative")
     kept = size * (1 - cap)
