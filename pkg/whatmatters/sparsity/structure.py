@@ -491,6 +491,7 @@ def _own_sizes(module, leaf, dim, old, new):
             if vars(module).get(a) == old: said[a] = new
     return said
 
+_SURE = {"inner_dim", "all_head_size", "split_size", "intermediate_size", "ffn_dim"}
 _NEVER = re.compile("idx|index|_id$|token|window|position|layer|expert|stride|padding|kernel|dilation|length|max_|label|vocab|chunk")
 
 def _whole(v): return isinstance(v, int) and not isinstance(v, bool)
@@ -510,7 +511,7 @@ def _candidates(network, group, mask, tensors):
         if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)) or type(module).__name__ == "Conv1D": continue
         for inside in (False, True):
             held = vars(getattr(module, "config", None) or object.__new__(nn.Module)) if inside else vars(module)
-            found += [(module, a, v * stay // total, a in _DOUBTFUL or v in untouched, inside) for a, v in held.items() if _whole(v) and v in counts and not _NEVER.search(a) and v * stay % total == 0]
+            found += [(module, a, v * stay // total, a in _DOUBTFUL or v in untouched and a not in _SURE, inside) for a, v in held.items() if _whole(v) and v in counts and not _NEVER.search(a) and v * stay % total == 0]
     return found
 
 # %% ../../../nbs/sparsity/06_structure.ipynb #_Undo
@@ -753,12 +754,18 @@ def remove_attention(
 # %% ../../../nbs/sparsity/06_structure.ipynb #_plain
 def _plain(v): return v is None or isinstance(v, (bool, int, float, str)) or isinstance(v, (tuple, list)) and all(map(_plain, v))
 
+def _numbers(thing): return {k: v for k, v in vars(thing).items() if _plain(v) and not k.startswith("_") and k not in ("training", "name_or_path")}
+
 def _attributes(module, root=None):
-    "What a module says about itself, as JSON can hold it: numbers, words and tuples of them; of its configuration too, if that is its own."
-    said = {k: v for k, v in vars(module).items() if _plain(v) and not k.startswith("_") and k not in ("training", "name_or_path")}
-    config = getattr(module, "config", None)
-    if config is not None and config is not root and hasattr(config, "to_dict"): said |= {f"config.{k}": v for k, v in vars(config).items() if _plain(v) and not k.startswith("_")}
+    "What a module says about itself, as JSON can hold it: numbers, words and tuples of them; and what its configuration says otherwise than that of the network."
+    said, config = _numbers(module), getattr(module, "config", None)
+    if root is not None and config is not root and hasattr(config, "to_dict"): said |= {f"config.{k}": v for k, v in _numbers(config).items() if _numbers(root).get(k, said) != v}
     return said
+
+def _has(module, key, value):
+    "Whether a module, or its configuration, says this already."
+    owner, key = (getattr(module, "config", None), key[7:]) if key.startswith("config.") else (module, key)
+    return hasattr(owner, key) and getattr(owner, key) == value
 
 def _shared(network):
     "Names of parameters that are another parameter: name -> the first name of it."
@@ -774,8 +781,7 @@ def _difference(network, fresh=None):
     if fresh is not None:
         for n, m in mine.items():
             if type(theirs.get(n)) is not type(m): refuse("network", f"a {type(m).__name__} called {n}, where {type(theirs[n]).__name__ if n in theirs else 'nothing'} was", "modules of the original network, or modules with a recipe() method")
-    roots = [getattr(n, "config", None) for n in (network, fresh)]
-    changed = {n: {k: v for k, v in _attributes(m, roots[0]).items() if fresh is None or _attributes(theirs[n], roots[1]).get(k, theirs) != v} for n, m in mine.items()}
+    changed = {n: {k: v for k, v in _attributes(m, getattr(network, "config", None)).items() if fresh is None or not _has(theirs[n], k, v)} for n, m in mine.items()}
     shapes = {n: list(t.shape) for n, t in network.state_dict(keep_vars=True).items() if not within(n)}
     known = {n: list(t.shape) for n, t in fresh.state_dict(keep_vars=True).items()} if fresh is not None else {}
     gone = [n for n in theirs if n not in mine and not within(n)]
@@ -790,8 +796,10 @@ def _entries(difference): return {(kind, n) for kind in ("modules", "drop", "sha
 def _built(network, config):
     "The stock network of a configuration, without memory; None where there is none."
     try:
+        config = type(config).from_dict(config.to_dict()) # it has to pass its own checks
+        config._attn_implementation = network.config._attn_implementation
         with torch.device("meta"): return type(network)(config).to(next(network.parameters()).dtype).eval()
-    except (ValueError, RuntimeError, TypeError, ZeroDivisionError, AttributeError, KeyError, IndexError): return None
+    except Exception: return None # whatever a configuration or a constructor objects to
 
 def _said(network, config):
     "What differs from the stock network of a configuration, and how sizes moved; None where it builds another kind of network."
@@ -807,14 +815,16 @@ def _moves(difference, fresh):
     for name, shape in difference["shapes"].items():
         if name in state and len(state[name].shape) == len(shape): found |= {(a, b) for a, b in zip(state[name].shape, shape) if a != b}
     for name, said in difference["attributes"].items():
-        old = _attributes(fresh.get_submodule(name))
-        found |= {(old[k], v) for k, v in said.items() if _whole(v) and _whole(old.get(k)) and old[k] > 0 and v > 0}
+        old = fresh.get_submodule(name)
+        found |= {(vars(old)[k], v) for k, v in said.items() if _whole(v) and _whole(vars(old).get(k)) and vars(old)[k] > 0 and v > 0}
     return sorted(found)
 
 def _stock(network):
     "A configuration of which the stock model is this network, or None: settings are moved, one or two at a time, when less differs and nothing new does."
     if any(hasattr(m, "recipe") for m in network.modules()): return None
     config = copy.deepcopy(network.config)
+    sizes, text = {m.head_dim for m in network.modules() if _whole(getattr(m, "head_dim", None))}, config.get_text_config()
+    if len(sizes) == 1 and getattr(text, "head_dim", None) is None: text.head_dim = sizes.pop() # else it follows from the number of heads
     left, moves = _said(network, config)
     while left:
         parts, useful, best = list({id(c): c for c in (config, config.get_text_config())}.values()), [], None
@@ -885,7 +895,7 @@ def save(
         return "stock"
     fresh = _built(network, copy.deepcopy(network.config)) if stock else None
     if stock and fresh is None: refuse("network", f"a {type(network).__name__} that its own configuration does not build", "a model of transformers whose configuration is whole")
-    recipe = dict(format=1, network=type(network).__name__, stock=stock, dtype=str(next(network.parameters()).dtype).removeprefix("torch."), **_difference(network, fresh))
+    recipe = dict(format=1, network=type(network).__name__, stock=stock, **_difference(network, fresh))
     text = json.dumps(recipe, indent=1)
     def fill(path):
         (path/"recipe.json").write_text(text)
@@ -920,7 +930,6 @@ def _cook(network, recipe):
             owner, k = (module.config, k[7:]) if k.startswith("config.") else (module, k)
             old = getattr(owner, k, None)
             setattr(owner, k, tuple(v) if isinstance(old, tuple) and isinstance(v, list) else v)
-    dtype = getattr(torch, recipe["dtype"])
     for n, shape in recipe["shapes"].items():
         owner, leaf = _parent(network, n)
         old = getattr(owner, leaf)
@@ -931,7 +940,7 @@ def _cook(network, recipe):
         owner, leaf = _parent(network, n)
         source, name = _parent(network, of)
         setattr(owner, leaf, getattr(source, name))
-    return network.to(dtype)
+    return network
 
 # %% ../../../nbs/sparsity/06_structure.ipynb #load
 def load(
@@ -958,5 +967,6 @@ def load(
     there = {id(wanted[n]) for n in state if n in wanted}
     bad = [n for n in state if n not in wanted or wanted[n].shape != state[n].shape] + [n for n, t in wanted.items() if id(t) not in there]
     if bad: refuse("folder", f"{len(bad)} tensors that do not fit, such as {bad[0]}", "the tensors that its recipe describes")
+    for n, t in state.items(): wanted[n].data = wanted[n].data.to(t.dtype)
     network.load_state_dict(state, strict=False) # tied ones are saved once
     return network.eval()
