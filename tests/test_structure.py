@@ -199,7 +199,7 @@ def test_attention_is_removed(name, tmp_path):
 
 
 def test_attention_that_normalises_inside_is_refused():
-    with pytest.raises(ValueError, match="layer: got 1, whose BertAttention normalises"): S.remove_attention(make("bert"), 1)
+    with pytest.raises(ValueError, match="layer: got bert.encoder.layer.1.attention, a BertAttention that normalises"): S.remove_attention(make("bert"), 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "vit"])

@@ -17,7 +17,7 @@ from ..core.calibration import calibrate, chain_of, next_token_loss, weights_of
 from ..core.keep import count_of, top
 from ..core.values import check_count, check_finite, refuse
 from .structure import NoAttention, Units, attention_of, neuron_norms, remove_attention, shrink, units
-from .structure import _check_groups, _kept, _replace
+from .structure import _check_attention, _check_groups, _kept, _replace
 
 # %% ../../../nbs/sparsity/07_fidelity.ipynb #gram
 def gram(
@@ -87,19 +87,27 @@ def best_subset(
 
 # %% ../../../nbs/sparsity/07_fidelity.ipynb #grams
 def grams(
-    network,      # in evaluation mode
-    groups:Units, # from `sparsity.structure.units`
-    batches,      # iterable of inputs, as for `core.calibration.calibrate`; no labels
-)->dict:          # name of a group -> (units, units), double precision
+    network,            # in evaluation mode
+    groups:Units,       # from `sparsity.structure.units`
+    batches,            # iterable of inputs, as for `core.calibration.calibrate`; no labels
+    centred:bool=False, # products of deviations from the mean, for readers whose bias can take up the mean
+)->dict:                # name of a group -> (units, units), double precision
     "Inner products of what the units of each group add to their readers. One forward pass per row; memory of one square matrix for each group's inputs."
     _check_groups(network, groups)
+    weights, heard = _moments(network, groups, batches)
+    return {g.name: sum(gram(weights[n].matrix, _second(heard[n], centred), _inputs(g, (n, d), weights[n])) for n, d in g.consumers) for g in groups}
+
+def _moments(network, groups, batches):
+    "Readers of the groups, and the first and second moments of what they read."
     read = {n for g in groups for n, _ in g.consumers}
     weights = weights_of(network, skip=[n for n, _ in network.named_parameters() if n not in read])
-    heard, found = calibrate(network, batches, weights, ("second",)), {}
-    for g in groups:
-        parts = [gram(weights[n].matrix, heard[n].second / heard[n].rows, _inputs(g, (n, d), weights[n])) for n, d in g.consumers]
-        found[g.name] = sum(parts)
-    return found
+    return weights, calibrate(network, batches, weights, ("second", "total"))
+
+def _second(statistics, centred):
+    second = statistics.second.double() / statistics.rows
+    if not centred: return second
+    mean = statistics.total.double() / statistics.rows
+    return second - mean[:, None] * mean
 
 def _inputs(group, key, weight):
     "Columns of the reader's matrix that belong to each unit: a channel of a convolution has one for every place of the patch."
@@ -109,43 +117,42 @@ def _inputs(group, key, weight):
 
 # %% ../../../nbs/sparsity/07_fidelity.ipynb #fidelities
 def fidelities(
-    network,      # in evaluation mode
-    groups:Units, # from `sparsity.structure.units`
-    batches,      # iterable of inputs; no labels
-)->dict:          # name of a group -> (units,), in [0, 1], higher matters more
+    network,            # in evaluation mode
+    groups:Units,       # from `sparsity.structure.units`
+    batches,            # iterable of inputs; no labels
+    centred:bool=False, # as for `grams`
+)->dict:                # name of a group -> (units,), in [0, 1], higher matters more
     "Singleton fidelity of every unit, the score of ModHiFi-P (Kashyap et al. 2025, arXiv:2511.19566). One forward pass per row."
-    return {name: singleton_fidelity(m) for name, m in grams(network, groups, batches).items()}
+    return {name: singleton_fidelity(m) for name, m in grams(network, groups, batches, centred).items()}
 
 # %% ../../../nbs/sparsity/07_fidelity.ipynb #compensate
 def compensate(
-    network,          # in evaluation mode; the readers' weights are changed in place
-    groups:Units,     # from `sparsity.structure.units`
-    kept:dict,        # name of a group -> boolean (units,): what will stay
-    batches,          # iterable of inputs; no labels
-    how:str="scale",  # "scale": a factor for each unit, as in the paper; "matrix": new columns
-)->dict:              # name of a group -> factors (units,), 0 for what goes; for "matrix" None
+    network,            # in evaluation mode; the readers' weights are changed in place
+    groups:Units,       # from `sparsity.structure.units`
+    kept:dict,          # name of a group -> boolean (units,): what will stay
+    batches,            # iterable of inputs; no labels
+    how:str="scale",    # "scale": a factor for each unit, as in the paper; "matrix": new columns
+    centred:bool=False, # as for `grams`: the readers' biases take up the mean of what goes
+)->dict:                # name of a group -> factors (units,), 0 for what goes; for "matrix" None
     "Least squares in the readers, so that they say as nearly as can be what they said, once the other units are gone (`sparsity.structure.shrink`). One forward pass per row, of the network as it is."
     if how not in ("scale", "matrix"): refuse("how", repr(how), '"scale" or "matrix"')
     pairs, factors = _kept(groups, kept), {}
-    read = {n for g, _ in pairs for n, _ in g.consumers}
-    if not read: return {}
-    weights = weights_of(network, skip=[n for n, _ in network.named_parameters() if n not in read])
-    heard = calibrate(network, batches, weights, ("second",))
+    if not pairs: return {}
+    _check_groups(network, groups)
+    weights, heard = _moments(network, [g for g, _ in pairs], batches)
+    if centred and (bare := [n for n, w in weights.items() if getattr(w.module, "bias", None) is None]): refuse("centred", f"True, and no bias beside {bare[0]}", "readers with a bias, or centred=False")
     for g, mask in pairs:
         inputs = {(n, d): _inputs(g, (n, d), weights[n]) for n, d in g.consumers}
-        if how == "scale":
-            m = sum(gram(weights[n].matrix, heard[n].second / heard[n].rows, inputs[n, d]) for n, d in g.consumers)
-            factors[g.name] = _scales(m, mask.to(m.device))
-        for (n, d), index in inputs.items():
-            w = weights[n].matrix
-            stay = index[mask].flatten().to(w.device)
+        second = {n: _second(heard[n], centred) for n, _ in g.consumers}
+        factors[g.name] = _scales(sum(gram(weights[n].matrix, second[n], i) for (n, _), i in inputs.items()), mask.to(heard[g.consumers[0][0]].second.device)) if how == "scale" else None
+        for (n, _), index in inputs.items():
+            w, h, stay, gone = weights[n].matrix, second[n], index[mask].flatten(), index[~mask].flatten()
+            old = w[:, index.flatten()].double() @ heard[n].total.double()[index.flatten()]
             if how == "scale": w[:, stay] = w[:, stay] * factors[g.name][mask.to(w.device)].repeat_interleave(index.shape[1])[None].to(w)
             else:
-                h = heard[n].second.double()
-                gone = index[~mask].flatten().to(w.device)
                 inner = h[stay][:, stay] + 1e-6 * h.diagonal().mean() * torch.eye(len(stay), device=w.device, dtype=h.dtype)
                 w[:, stay] = (w[:, stay].double() + w[:, gone].double() @ torch.linalg.solve(inner, h[stay][:, gone]).mT).to(w)
-                factors[g.name] = None
+            if centred: weights[n].module.bias.data += ((old - w[:, stay].double() @ heard[n].total.double()[stay]) / heard[n].rows).to(w)
     return factors
 
 # %% ../../../nbs/sparsity/07_fidelity.ipynb #unlearn
@@ -155,10 +162,11 @@ def unlearn(
     forget,          # iterable of inputs of the class to forget
     retain,          # iterable of inputs of the rest
     ratio:float=.2,  # share of the units of each group that goes
+    centred:bool=False, # as for `grams`
 )->dict:             # name of a group -> which units stay, boolean, (units,)
     "Masks that remove what a class alone relies on, after ModHiFi-U (Kashyap et al. 2025, arXiv:2511.19566). One forward pass per row; no labels but the split, no gradients."
     if not 0 <= ratio < 1: refuse("ratio", ratio, "a share in [0, 1)")
-    theirs, rest = fidelities(network, groups, forget), fidelities(network, groups, retain)
+    theirs, rest = fidelities(network, groups, forget, centred), fidelities(network, groups, retain, centred)
     return {name: top(rest[name] - theirs[name], k=max(1, len(rest[name]) - count_of(ratio, len(rest[name]))), per="tensor") for name in theirs}
 
 # %% ../../../nbs/sparsity/07_fidelity.ipynb #attention_budget
@@ -223,6 +231,8 @@ def two_stage(
     ffn, attn = sum(len(g) * g.parameters for g in groups), sum(size(network.get_submodule(n)) for n in attention)
     whole, n = sum(size(b) for _, b in blocks), len(blocks)
     modules, rate = attention_budget(n, ffn // n, max(1, attn // n), sparsity, alpha, max(0, (whole - ffn - attn) // n))
+    for name in attention if modules else (): _check_attention(network, name)
+    if not math.isfinite(before := _loss(network, judge, loss)): refuse("judge", f"a loss of {before}", "a batch on which the loss is finite")
     found = (scores or neuron_norms)(network, groups, batches)
     kept = {g.name: top(found[g.name], k=max(1, count_of(1 - rate, len(g))), per="tensor") for g in groups}
     shrink(network, groups, kept, batches[0])
@@ -236,10 +246,12 @@ def two_stage(
     return TwoStage(kept, gone, losses)
 
 @torch.no_grad()
+def _loss(network, batch, loss): return float(loss(network, batch))
+
 def _without(network, name, batch, loss):
+    "The loss without one attention module; a number that is none counts as the worst."
     old = network.get_submodule(name)
     _replace(network, name, NoAttention(getattr(old, "layer_idx", None)))
-    try: value = float(loss(network, batch))
+    try: value = _loss(network, batch, loss)
     finally: _replace(network, name, old)
-    if value != value: refuse("judge", "a loss that is NaN", "a batch on which the loss is finite")
-    return value
+    return value if value == value else math.inf

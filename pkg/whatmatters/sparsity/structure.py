@@ -733,6 +733,15 @@ def attention_of(
     if len(found) != 1: refuse("layer", f"{layer}, a {type(blocks[layer]).__name__} with the children {', '.join(n for n, _ in blocks[layer].named_children())}", "a block with one attention as its child")
     return f"{name}.{layer}.{found[0]}"
 
+# %% ../../../nbs/sparsity/06_structure.ipynb #_check_attention
+def _check_attention(network, name):
+    "Refuse attention that does more than to add to the residual stream, or that is gone."
+    old = network.get_submodule(name)
+    if isinstance(old, NoAttention): refuse("layer", name, "a block whose attention is still there")
+    if any(n.rpartition(".")[2] in ("LayerNorm", "layer_norm") for n, _ in old.named_modules()):
+        refuse("layer", f"{name}, a {type(old).__name__} that normalises the residual stream inside", "attention that only adds to the residual stream")
+    return old
+
 # %% ../../../nbs/sparsity/06_structure.ipynb #remove_attention
 def remove_attention(
     network:nn.Module,  # with a list of blocks
@@ -743,10 +752,7 @@ def remove_attention(
 
     Refused where the attention adds the residual stream itself and normalises the sum, as BERT's does. No model calls."""
     at = attention_of(network, layer, name)
-    old = network.get_submodule(at)
-    if isinstance(old, NoAttention): refuse("layer", layer, "a block whose attention is still there")
-    if any(leaf in ("LayerNorm", "layer_norm") for n, _ in old.named_modules() for leaf in [n.rpartition(".")[2]]):
-        refuse("layer", f"{layer}, whose {type(old).__name__} normalises the residual stream inside", "attention that only adds to the residual stream")
+    old = _check_attention(network, at)
     idx = next((m.layer_idx for m in old.modules() if isinstance(getattr(m, "layer_idx", None), int)), None)
     _replace(network, at, NoAttention(idx))
     return network
