@@ -1,5 +1,6 @@
 "The chapters run, and everything made from them is in step with them."
 import ast
+import atexit
 import configparser
 import filecmp
 import os
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from nbdev.test import test_nb as run_chapter
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +22,12 @@ CHAPTERS = [p for p in NOTEBOOKS if p.parent.name not in ("experiments", "benchm
 def test_chapter(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IN_TEST", "1")  # nbdev sets it and leaves it set
+    monkeypatch.setattr(InteractiveShell, "_instance", InteractiveShell._instance)  # and its shell in the place of the one there was
     passed, seconds = run_chapter(path, skip_flags=["notest", "slow", "cuda"])
+    shell = InteractiveShell._instance
+    shell.displayhook.do_full_cache = False  # no search for garbage: at the end of the suite each of the shells would take a second for it
+    atexit.unregister(shell.atexit_operations)
+    shell.atexit_operations()  # closes the shell and lets go of what the chapter made
     assert passed, f"{path} failed; its traceback is above"
 
 
