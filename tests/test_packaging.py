@@ -1,6 +1,7 @@
 "The package as its users get it."
 import ast
 import configparser
+import os
 import re
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_a_clean_environment_runs_the_wheel(tmp_path):
-    run = lambda *command, **options: subprocess.run(command, check=True, capture_output=True, text=True, **options)
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # on which pip would find the checkout and install nothing
+    run = lambda *command, **options: subprocess.run(command, check=True, capture_output=True, text=True, env=clean, **options)
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT/"pkg")
     wheel, = tmp_path.glob("*.whl")
     run(sys.executable, "-m", "venv", tmp_path/"venv")
