@@ -111,7 +111,7 @@ def search_sizes(
         for n, g in selection_gradient(network, fit, held, loss, unroll, normalise).items():
             with torch.no_grad(): alphas[n].sub_(rate * (g + l1)).clamp_(0, 1)
         value = loss(network, fit)
-        if not value.isfinite(): refuse("loss", f"{float(value)} at step {i}", "a finite number")
+        if not value.isfinite(): refuse("loss", f"{value.item()} at step {i}", "a finite number")
         stepper.zero_grad()
         value.backward()
         stepper.step()
@@ -134,7 +134,7 @@ class MixedEmbedding(nn.Module):
         self.register_buffer("size", torch.tensor(size))
         self.tables = nn.ParameterList(nn.Parameter(t) for t in tables)
         for b, d in enumerate(dimensions): self.register_buffer(f"dimensions_{b}", d.to(torch.int16))
-        self.ends = torch.tensor([len(t) for t in tables]).cumsum(0).tolist()
+        self.ends, self.width = torch.tensor([len(t) for t in tables]).cumsum(0).tolist(), size
 
     @classmethod
     def of_state(cls, state):
@@ -154,12 +154,12 @@ class MixedEmbedding(nn.Module):
 
     def forward(self, ids):
         at = self.position[ids.flatten()].long()
-        out, start = self.tables[0].new_zeros(len(at), int(self.size)), 0
+        out, start = self.tables[0].new_zeros(len(at), self.width), 0
         for b, (end, table) in enumerate(zip(self.ends, self.tables)):
             mine = ((at >= start) & (at < end)).nonzero()[:, 0]
             if len(mine): out = out.index_put((mine[:, None], getattr(self, f"dimensions_{b}").long()[None]), table[at[mine] - start])
             start = end
-        return out.view(*ids.shape, -1)
+        return out.view(*ids.shape, out.shape[1])
 
 # %% ../../../nbs/sparsity/11_embeddings.ipynb #RaggedEmbedding
 class RaggedEmbedding(nn.Module):
@@ -171,7 +171,7 @@ class RaggedEmbedding(nn.Module):
         size:int,      # K
     ):
         super().__init__()
-        self.values = nn.Parameter(values)
+        self.values, self.width = nn.Parameter(values), size
         for name, t in ("columns", columns.to(torch.int16)), ("starts", starts.to(torch.int32)), ("size", torch.tensor(size)): self.register_buffer(name, t)
 
     @classmethod
@@ -193,8 +193,8 @@ class RaggedEmbedding(nn.Module):
         first, last = (self.starts[ids.flatten() + i].long() for i in (0, 1))
         row = torch.repeat_interleave(torch.arange(len(first), device=first.device), last - first)
         entry = torch.arange(len(row), device=row.device) - (last - first).cumsum(0)[row] + last[row]
-        out = self.values.new_zeros(len(first), int(self.size)).index_put((row, self.columns[entry].long()), self.values[entry])
-        return out.view(*ids.shape, -1)
+        out = self.values.new_zeros(len(first), self.width).index_put((row, self.columns[entry].long()), self.values[entry])
+        return out.view(*ids.shape, out.shape[1])
 
 # %% ../../../nbs/sparsity/11_embeddings.ipynb #narrowed
 def narrowed(

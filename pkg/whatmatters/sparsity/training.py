@@ -201,7 +201,7 @@ def train_sparse(
     for i, batch in enumerate(batches):
         set_sparsity(network, cubic_schedule(i, len(batches), final, initial, before, after))
         value = loss(network, batch)
-        if not value.isfinite(): refuse("loss", f"{float(value)} at step {i}", "a finite number")
+        if not value.isfinite(): refuse("loss", f"{value.item()} at step {i}", "a finite number")
         stepper.zero_grad()
         value.backward()
         stepper.step()
