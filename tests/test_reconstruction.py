@@ -91,8 +91,10 @@ def test_better_than_leaving_the_others_alone_and_bounded_by_least_squares():
 
 def test_importance_is_the_least_error_of_one_removal():
     weight, second = layer(3, 10, causes=6)
-    factor = obs_factor(second.double(), damp=0)
-    scores = obs_importance(weight, factor)
+    scores = obs_importance(weight, second.double(), damp=0)
+    assert torch.equal(scores, obs_importance(weight, second.double(), factor=obs_factor(second.double(), damp=0)))
+    idle = torch.nn.functional.pad(second, (0, 1, 0, 1))  # an input that is always zero
+    torch.testing.assert_close(obs_importance(torch.nn.functional.pad(weight, (0, 1), value=9.), idle.double(), damp=0), torch.nn.functional.pad(scores, (0, 1)))
     for i, j in ((0, 0), (1, 4), (2, 9)):
         mask = torch.ones(3, 10, dtype=torch.bool)
         mask[i, j] = False
@@ -142,7 +144,7 @@ def test_nothing_given_is_changed_and_layouts_do_not_matter():
     (lambda w, h: sparsegpt(w * float("nan"), h), "weight: got 1200 NaN"), (lambda w, h: sparsegpt(w, h * float("inf")), "second: got"), (lambda w, h: obs_factor(h, damp=-1), "damp: got -1"),
     (lambda w, h: obs_factor(h[:3]), "second: got shape"), (lambda w, h: obs_factor(-h), "second: got 50 negative diagonal"), (lambda w, h: reconstruct(w.long(), obs_factor(h), None), "weight: got torch.int64"),
     (lambda w, h: reconstruct(w, obs_factor(h[:4, :4]), None), "factor: got shape"), (lambda w, h: reconstruct(w, obs_factor(h), None, 0), "group: got 0"),
-    (lambda w, h: least_squares(w, h, w), "mask: got torch.float32"), (lambda w, h: output_error(w, w[:2], h), "new, second: got shapes"), (lambda w, h: sparsegpt(w, h, block=0), "group: got 0")])
+    (lambda w, h: obs_importance(w, h[:3, :3]), "second: got shape"), (lambda w, h: least_squares(w, h, w), "mask: got torch.float32"), (lambda w, h: output_error(w, w[:2], h), "new, second: got shapes"), (lambda w, h: sparsegpt(w, h, block=0), "group: got 0")])
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message): call(*layer())
 

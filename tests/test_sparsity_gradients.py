@@ -147,3 +147,13 @@ def test_structure_of_a_random_mask_is_one_by_exact_expectation():
     (lambda: ecoflap_shares(dict(a=1.), dict(b=(3,))), "importances, groups: got 1 and 1 names"), (lambda: mask_structure(w), "mask: got torch.float32")])
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+def test_dual_scores_from_two_sets_of_batches_and_what_they_cost():
+    from whatmatters.sparsity.gradients import dpruner_scores
+    model, calls = network(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    scores = dpruner_scores(model, [torch.randn(20, 6), torch.randn(20, 6)], batches(1), loss, rule="removal", penalty=1.)
+    assert len(calls) == 2 + 2 * 16 and all(s.shape == weights_of(model)[k].matrix.shape and (s >= 0).all() for k, s in scores.items())
+    with pytest.raises(ValueError, match="weights: got the grouped convolution 0.weight"): dpruner_scores(nn.Sequential(nn.Conv1d(4, 4, 3, groups=2)).eval(), [torch.randn(9, 4, 8)], [torch.randn(2, 4, 8)], lambda n, b: n(b).sum())
+    with pytest.raises(ValueError, match="batches: got none"): dpruner_scores(model, [torch.randn(20, 6)], [], loss)

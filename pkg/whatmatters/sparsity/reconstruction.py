@@ -110,18 +110,20 @@ def least_squares(
 
 # %% ../../../nbs/sparsity/02_reconstruction.ipynb #obs_importance
 def obs_importance(
-    weight:Tensor, # (out, in)
-    factor:Tensor, # of the inputs, (in, in), from `obs_factor`
-)->Tensor:         # w^2 / [H^-1]_ii, the squared error that the removal of a weight causes at best, (out, in), float32 at least
+    weight:Tensor,             # (out, in)
+    second:Tensor,             # sum or mean of x x^T over the inputs, (in, in)
+    damp:float=.01,            # as for `obs_factor`
+    factor:Tensor|None=None,   # from `obs_factor`, where several layers have the same inputs
+)->Tensor:                     # w^2 / [H^-1]_ii, the squared error that the removal of a weight causes at best; 0 at inputs that are always zero; (out, in), float32 at least
     "What each weight costs its layer when it goes alone (Hassibi & Stork 1993). No model calls."
-    if weight.ndim != 2 or factor.shape != 2 * weight.shape[1:]: refuse("factor", f"shape {tuple(factor.shape)}", f"{tuple(2 * weight.shape[1:])}, for the inputs of the weights {tuple(weight.shape)}")
-    U = factor.to(weight.device)
-    return weight.detach().to(torch.promote_types(weight.dtype, U.dtype)).square() / U.square().sum(0)
+    if weight.ndim != 2 or second.shape != 2 * weight.shape[1:]: refuse("second", f"shape {tuple(second.shape)}", f"{tuple(2 * weight.shape[1:])}, for the inputs of the weights {tuple(weight.shape)}")
+    U = (obs_factor(second, damp) if factor is None else factor).to(weight.device)
+    return weight.detach().to(torch.promote_types(weight.dtype, U.dtype)).square() * (second.diagonal() > 0).to(U) / U.square().sum(0)
 
 def _obs(weight, statistics, gradients):
-    "The same for each group of a convolution; a whole network's, in memory at once: second moments of all layers."
+    "The same for each group of a convolution; for a whole network the second moments of all layers are in memory."
     groups = statistics.second if statistics.second.ndim == 3 else statistics.second[None]
-    return torch.cat([obs_importance(w, obs_factor(h)) for w, h in zip(weight.matrix.chunk(len(groups)), groups)])
+    return torch.cat([obs_importance(w, h) for w, h in zip(weight.matrix.chunk(len(groups)), groups)])
 
 SCORES["obs"] = Score(_obs, ("second",))
 
