@@ -207,6 +207,10 @@ def test_more_bad_input():
     assert same(sick, before)
     recurrent = nn.Sequential(nn.LSTM(3, 4), nn.Linear(4, 2))
     with pytest.raises(ValueError, match="weight_ih_l0 of a LSTM, for which there is no rule"): prune(recurrent, "magnitude", .5)
+    channels_last = cnn().to(memory_format=torch.channels_last) # its matrix would be a copy, and nothing would be pruned
+    before = copy.deepcopy(channels_last)
+    try: assert abs(prune(channels_last, "magnitude", .5).removed - .5) < .01 and (channels_last[2].weight == 0).double().mean() == .5
+    except ValueError as error: assert "0.weight in a memory format" in str(error) and same(channels_last, before)
     broken = mlp()
     with torch.no_grad(): broken[2].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="2.weight: got 1 NaN"): prune(broken, "magnitude", .5)

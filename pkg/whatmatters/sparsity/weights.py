@@ -418,7 +418,9 @@ def prune(
     kind, sizes, sparsity = _pattern(pattern, sparsity)
     weights = weights_of(network) if weights is None else weights
     if not weights: refuse("weights", "none", "at least one weight matrix to prune")
-    for name, w in weights.items(): _finite(name, w.matrix)
+    for name, w in weights.items():
+        _finite(name, w.matrix)
+        if w.matrix.untyped_storage().data_ptr() != w.parameter.untyped_storage().data_ptr(): refuse("network", f"{name} in a memory format of which the matrix is no view", "network.to(memory_format=torch.contiguous_format)")
     batches, alive, total = _listed(batches), {n: w.matrix.numel() if w.matrix.all() else int((w.matrix != 0).sum()) for n, w in weights.items()}, sum(w.matrix.numel() for w in weights.values())
     own = Score(None) if isinstance(score, dict) else _score(score)
     allocation, per, statistics, masks = allocation or ("uniform" if kind == ":" else own.allocation), per or own.per, {} if sequential else None, {}
