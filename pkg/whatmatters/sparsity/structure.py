@@ -69,9 +69,9 @@ class Group:
 # %% ../../../nbs/sparsity/06_structure.ipynb #Units
 class Units(list):
     "Groups of units, and `refused`: name -> why the units of that parameter are not looked for."
-    def __init__(self, groups, refused, seconds=None):
+    def __init__(self, groups, refused):
         super().__init__(groups)
-        self.refused, self.seconds = refused, seconds
+        self.refused = refused
 
     def __getitem__(self, which):
         "By position, or by name."
