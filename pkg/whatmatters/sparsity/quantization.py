@@ -292,11 +292,12 @@ class _Weighing:
     "Second moments in which each token counts by its importance squared, gathered while `walk` sends the batches through block after block."
     def __init__(self, importance, blocks, batches):
         self.importance, self.batches, self.done, self.calls, self.moments, self.heard, self.handles = importance, batches, set(), {}, {}, [], []
+        self.own = {block: vars(block).get("forward") for block in blocks.values()} # `walk` first runs stand-ins in their place
         for name, block in blocks.items():
             attention = next((m for m in block.modules() if type(m).__name__.endswith("Attention")), None)
             self.handles.append(block.register_forward_pre_hook(self.enter, with_kwargs=True))
             if attention: self.handles.append(attention.register_forward_hook(self.see))
-            self.handles.append(block.register_forward_hook(lambda module, args, output, name=name: self.leave(name)))
+            self.handles.append(block.register_forward_hook(lambda module, args, output, name=name: self.leave(name, module)))
 
     def enter(self, module, args, kwargs): self.hidden, self.attention, self.heard = args[0] if args else kwargs["hidden_states"], None, []
 
@@ -304,7 +305,8 @@ class _Weighing:
 
     def hear(self, name, x): self.heard.append((name, x))
 
-    def leave(self, name):
+    def leave(self, name, block):
+        if vars(block).get("forward") is not self.own[block]: return
         call = self.calls[name] = self.calls.get(name, -1) + 1 # a block is called with all batches in turn, as often as need be
         if name in self.done or not self.heard: return
         batch = self.batches[call % len(self.batches)]
