@@ -160,6 +160,19 @@ def test_grouped_convolutions_and_conv1d():
     torch.testing.assert_close(gpt2.transformer.h[0].mlp.c_fc.weight.detach().T, round_to_nearest(before.T, 4, 8)) # groups along the inputs
 
 
+@pytest.mark.filterwarnings("ignore:no calibration token")
+def test_experts_are_quantised_one_by_one():
+    torch.manual_seed(0)
+    mixtral = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3)).eval().requires_grad_(False)
+    dense = copy.deepcopy(mixtral)
+    report = quantise(mixtral, 4, "gptq", [IDS], group=8)
+    assert sum("experts" in name for name in report.bits) == 2 * 2 * 3 and not any("gate.weight" in name for name in report.bits) # routers stay
+    quantise(dense, 4, group=8)
+    for (name, w), rounded in zip(weights_of(mixtral).items(), weights_of(dense).values()):
+        if "experts" in name: assert w.matrix.isfinite().all() and not torch.equal(w.matrix, rounded.matrix)
+    with pytest.raises(ValueError, match="importance: got an input of .*experts"): quantise(dense, 4, "gptq", [IDS], group=8, importance="norm")
+
+
 def test_tied_weights_stay_tied():
     network = llama(tie_word_embeddings=True)
     report = quantise(network, 4, group=8, skip=[])
@@ -178,7 +191,7 @@ def test_a_network_is_unchanged_when_something_fails():
     with pytest.raises(KeyboardInterrupt): quantise(network, 4, breaks, [IDS], sequential=True)
     assert same(network, before)
     for options, message in ((dict(method="rtn", bits=9), "bits: got 9"), (dict(method="best"), "method: got 'best'"), (dict(method="gptq"), "batches: got None"), (dict(layer_bits={"model.layers.9": 2}), "layer_bits: got"),
-                             (dict(layer_bits={"model.layers.0": 1}), "bits: got 1"), (dict(method="gptq", batches=[]), "batches: got none"), (dict(rank=-1), "rank: got -1"), (dict(importance="norm"), "batches: got None"),
+                             (dict(layer_bits={"model.layers.0": 1}), "bits: got 1"), (dict(method="gptq", batches=[]), "batches: got none"), (dict(rank=-1), "rank: got -1"), (dict(importance="norm"), "method: got 'rtn' with importance"), (dict(method="gptq", importance="norm"), "batches: got None"), (dict(method="rtn", batches=[IDS], sequential=True), "method: got 'rtn' with"),
                              (dict(method="gptq", batches=[IDS], importance="luck"), "kind: got 'luck'"), (dict(method=lambda w, s, b: w[:1]), "method: got a matrix"), (dict(method=lambda w, s, b: w / 0), "got .* NaN or infinite")):
         with pytest.raises(ValueError, match=message): quantise(network, **options)
         assert same(network, before), options
@@ -231,6 +244,8 @@ def test_activations_are_rounded_per_token_and_hooks_go():
     assert torch.equal(linear(x), x @ linear[0].weight.mT)
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=r"experts.*, whose input no hook sees"), quantised_activations(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2)), 8): pass
+    tokens = llama()
+    with quantised_activations(tokens, 8, skip=["*norm*"]): assert (tokens(IDS).logits - llama()(IDS).logits).abs().max() < .2 * tokens(IDS).logits.abs().max()
     with pytest.raises(ValueError, match="statistics: got none of 0.weight"), quantised_activations(linear, 8, statistics={}): pass
     seen = calibrate(linear, [x], want=("quantiles",))
     with quantised_activations(linear, 8, statistics=seen, quantile=1.): torch.testing.assert_close(linear(x), x @ linear[0].weight.mT, atol=.05, rtol=0)

@@ -134,6 +134,7 @@ def binarise(
     slope:float|None=100., # of the gradient of the signs, as for `signs`
 )->Binarised:
     "Put layers of signs and scales in the place of linear layers, begun by Dual-SVID (LittleBit, arXiv:2506.13771). No model calls; if it fails, the network is as before."
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits < math.inf: refuse("bits", repr(bits), "a number > 0")
     owners, layers, per, before, after = {}, {}, {}, 0, 0
     for m in network.modules():
         for p in m.parameters(recurse=False): owners[id(p)] = owners.get(id(p), 0) + 1

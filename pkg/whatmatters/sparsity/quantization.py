@@ -205,7 +205,7 @@ def quantised_activations(
         return change
     try:
         for name, weight in weights_of(network, skip).items():
-            if weight.module in done: continue
+            if weight.module in done or weight.kind == "embedding": continue # which reads token ids
             if getattr(weight.module, "weight", None) is not weight.parameter: refuse("network", f"{name}, whose input no hook sees", "layers of their own, or skip them")
             if statistics is not None and name not in statistics: refuse("statistics", f"none of {name}", "those of every layer")
             done.add(weight.module)
@@ -391,6 +391,7 @@ def quantise(
 
     Cost: none without calibration; else one forward pass per row, two when `sequential`. If it fails, the network is as before."""
     if method not in ("rtn", "gptq") and not callable(method): refuse("method", repr(method), '"rtn", "gptq" or a function')
+    if method == "rtn" and (importance is not None or sequential): refuse("method", "'rtn' with importance or sequential", "a method that looks at calibration data")
     if batches is None and (method == "gptq" or importance is not None or sequential): refuse("batches", "None", "calibration data")
     check_count("rank", rank, 0)
     everything = weights_of(network, skip)
