@@ -1,7 +1,8 @@
 "Single weights: scores against their definitions, masks against brute force, and what is refused leaves the network as it was."
 import copy
-import math
+import json
 import warnings
+from pathlib import Path
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from whatmatters.core.calibration import weights_of
 from whatmatters.core.keep import count_of, top
 from whatmatters.core.values import seeded
 from whatmatters.sparsity import weights as W
-from whatmatters.sparsity.weights import SCORES, Contributions, Score, contributions, dimap, hold_members, lamp, prune, relative_importance, ria, score_weights, semi_structured, wanda
+from whatmatters.sparsity.weights import SCORES, Contributions, Score, contributions, dimap, lamp, prune, relative_importance, ria, score_weights, semi_structured, wanda
 
 SIZES = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, max_position_embeddings=64)
 IDS = torch.randint(0, 64, (4, 10), generator=seeded(1))
@@ -206,6 +207,10 @@ def test_more_bad_input():
     assert same(sick, before)
     recurrent = nn.Sequential(nn.LSTM(3, 4), nn.Linear(4, 2))
     with pytest.raises(ValueError, match="weight_ih_l0 of a LSTM, for which there is no rule"): prune(recurrent, "magnitude", .5)
+    channels_last = cnn().to(memory_format=torch.channels_last) # its matrix would be a copy, and nothing would be pruned
+    before = copy.deepcopy(channels_last)
+    try: assert abs(prune(channels_last, "magnitude", .5).removed - .5) < .01 and (channels_last[2].weight == 0).double().mean() == .5
+    except ValueError as error: assert "memory format channels_last" in str(error) and same(channels_last, before)
     broken = mlp()
     with torch.no_grad(): broken[2].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="2.weight: got 1 NaN"): prune(broken, "magnitude", .5)
@@ -270,13 +275,6 @@ def test_held_in_training():
         assert not any(w.matrix[~report.masks[n]].any() for n, w in weights_of(experts).items())
 
 
-def test_only_what_fits_goes_into_an_ensemble():
-    start, masks = {"w": torch.ones(2, 3)}, {"w": torch.ones(2, 3, dtype=torch.bool)}
-    with pytest.raises(ValueError, match="masks: got one for v"): hold_members(start, {"v": masks["w"]})
-    with pytest.raises(ValueError, match="masks: got torch.float32"): hold_members(start, {"w": torch.ones(2, 3)})
-    with pytest.raises(ValueError, match="start: got 2 members"): hold_members(start, masks)([torch.ones(3, 3, requires_grad=True)])
-
-
 def test_semi_structured():
     network = nn.Sequential(nn.Linear(64, 64)).half()
     report = prune(network, "magnitude", pattern="2:4")
@@ -324,3 +322,20 @@ def test_sequential_recalibration_sees_pruned_inputs():
     for options, message in ((dict(score="magnitude"), "sequential: got True"), (dict(allocation="global"), "sequential: got True"), (dict(score="fisher"), "sequential: got True"), (dict(sparsity=.999), "which leaves nothing of"), (dict(batches=[]), "batches: got none")):
         with pytest.raises(ValueError, match=message): prune(untouched, **{"score": "wanda", "sparsity": .5, "batches": [IDS], "sequential": True, **options})
     assert same(untouched, llama())
+
+
+def test_lamp_on_a_cifar_network(real, tmp_path):
+    from whatmatters.core import experiments
+    data = Path(real("cifar10_lossless4k"))
+    given = dict(model=str(data.parent.parent/"models"/"resnet_cifar10"), data=str(data), rows=20, sparsities=[.5], high=.5)
+    path, _ = experiments.run("lamp", "smoke", given, tmp_path, engine="warm")
+    assert len(experiments._harvest(path).claims) == 5
+
+
+def test_dimap_on_a_swin_transformer_from_a_folder(tmp_path):
+    from transformers import SwinConfig, SwinForImageClassification
+    from whatmatters.core import experiments
+    model(SwinForImageClassification, SwinConfig(image_size=8, patch_size=2, num_channels=1, embed_dim=4, depths=[1, 1], num_heads=[1, 2], window_size=2, num_labels=3)).save_pretrained(tmp_path/"swin")
+    (tmp_path/"swin"/"preprocessor_config.json").write_text(json.dumps(dict(image_processor_type="ViTImageProcessor", do_normalize=True, image_mean=[.5], image_std=[.5])))
+    path, _ = experiments.run("dimap", "smoke", dict(model=str(tmp_path/"swin"), rows=30), tmp_path/"runs", engine="warm")
+    assert {c["says"].split(":")[0] for c in experiments._harvest(path).claims} == {"Swin"}

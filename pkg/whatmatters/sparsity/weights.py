@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'magnitude', 'lamp', 'dimap', 'swin_modules', 'wanda', 'ria', 'Contributions', 'relative_importance',
            'contribution_entropy', 'snip', 'taylor', 'fisher', 'random', 'Score', 'contributions', 'score_weights',
-           'check_sparsity', 'Pruned', 'prune', 'hold_members', 'semi_structured']
+           'check_sparsity', 'Pruned', 'prune', 'semi_structured']
 
 # %% ../../../nbs/sparsity/00_weights.ipynb #43934117
 import contextlib
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..core.calibration import _calibrating, calibrate, coverage, gradients, listen, restoring, walk, weights_of
-from ..core.ensemble import adam
 from ..core.keep import blocks, n_of_m, top
 from ..core.values import refuse, check_finite, check_count, seeded
 
@@ -288,8 +287,12 @@ def _scorer(network, score, batches, weights, loss, generator, statistics=None):
     def checked(name):
         found, shape = of(name), tuple(weights[name].matrix.shape)
         if tuple(found.shape) != shape: refuse("score", f"scores of shape {tuple(found.shape)} for {name}", f"shape {shape}")
-        return check_finite(f"scores of {name}", found).to(weights[name].matrix.device)
+        return _finite(f"scores of {name}", found).to(weights[name].matrix.device)
     return checked
+
+def _finite(argument, values):
+    "`check_finite`, at the price of a sum where all is well."
+    return values if values.sum().isfinite() else check_finite(argument, values)
 
 # %% ../../../nbs/sparsity/00_weights.ipynb #check_sparsity
 def check_sparsity(
@@ -315,8 +318,8 @@ def _pattern(pattern, sparsity):
         return kind, sizes, of
     return kind, sizes, check_sparsity(.5 if sparsity is None else sparsity)
 
-# %% ../../../nbs/sparsity/00_weights.ipynb #dc52fb7b
-def _plan(weights, of, sparsity, kind, sizes, allocation, per):
+# %% ../../../nbs/sparsity/00_weights.ipynb #84757bba
+def _plan(weights, alive, of, sparsity, kind, sizes, allocation, per):
     "What share of each weight is kept, and its scores by name, in which weights that are zero already come last."
     from whatmatters.sparsity.allocation import ALLOCATIONS, NEEDS_SCORES
     if per not in ("row", "tensor"): refuse("per", repr(per), '"row" or "tensor"; the whole model is allocation="global"')
@@ -326,9 +329,8 @@ def _plan(weights, of, sparsity, kind, sizes, allocation, per):
         if kind == "x" and (rows % sizes[0] or columns % sizes[1]): refuse("pattern", f"{sizes[0]}x{sizes[1]} for {name} of shape {(rows, columns)}", "blocks that divide it")
     if kind == ":" and allocation != "uniform": refuse("allocation", repr(allocation), f'"uniform" with the pattern {sizes[0]}:{sizes[1]}, which leaves no choice')
     def last(name, found, floor):
-        zero = weights[name].matrix == 0
-        return torch.where(zero, floor - 1, found) if zero.any() else found
-    scores = lambda name: last(name, found := of(name), found.amin().clamp_max(0))
+        return found if alive[name] == found.numel() else torch.where(weights[name].matrix == 0, floor - 1, found)
+    scores = lambda name: last(name, found := of(name), min(0., float(found.min())))
     if isinstance(allocation, dict): shares = allocation
     else:
         allocate, ready = ALLOCATIONS.get(allocation) if isinstance(allocation, str) else allocation, None
@@ -343,23 +345,23 @@ def _plan(weights, of, sparsity, kind, sizes, allocation, per):
     if set(shares) != set(weights): refuse("allocation", f"shares of {len(shares)} weights", f"one for each of the {len(weights)}")
     return shares, scores
 
-def _mask(weight, scores, share, kind, sizes, per):
+def _mask(weight, zeros, scores, share, kind, sizes, per):
     "What is kept of one weight; never what is zero already."
     kept = n_of_m(scores, *sizes) if kind == ":" else blocks(scores, sizes, ratio=share, per=per) if kind == "x" else top(scores, ratio=share, per=per)
-    return kept & (weight.matrix != 0)
+    return kept & (weight.matrix != 0) if zeros else kept
 
 # %% ../../../nbs/sparsity/00_weights.ipynb #Pruned
 class Pruned:
     "What was pruned: `masks` (name -> boolean, True where kept, (out, in)), `sparsity` of each weight matrix, the share `removed` of all, and a line on `coverage`."
     def __init__(self, weights, masks, coverage):
         self.masks, self.coverage, self._weights = masks, coverage, weights
-        self.sparsity = {name: 1 - float(m.double().mean()) for name, m in masks.items()}
+        self.sparsity = {name: 1 - int(m.sum()) / max(m.numel(), 1) for name, m in masks.items()}
         self.removed = 1 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
 
     @torch.no_grad()
     def apply(self):
         "Set to zero what the masks leave out (once more, after weights were changed)."
-        for name, mask in self.masks.items(): self._weights[name].matrix.masked_fill_(~mask, 0)
+        for name, mask in self.masks.items(): self._weights[name].matrix.mul_(mask).add_(0) # several times faster than to fill; the sum takes the sign off the zeros
         return self
 
     def hold(self):
@@ -415,53 +417,24 @@ def prune(
     kind, sizes, sparsity = _pattern(pattern, sparsity)
     weights = weights_of(network) if weights is None else weights
     if not weights: refuse("weights", "none", "at least one weight matrix to prune")
-    for name, w in weights.items(): check_finite(name, w.matrix)
-    batches = _listed(batches)
-    alive, total = {n: int((w.matrix != 0).sum()) for n, w in weights.items()}, sum(w.matrix.numel() for w in weights.values())
+    for name, w in weights.items():
+        _finite(name, w.matrix)
+    batches, alive, total = _listed(batches), {n: w.matrix.numel() if w.matrix.all() else int((w.matrix != 0).sum()) for n, w in weights.items()}, sum(w.matrix.numel() for w in weights.values())
     own = Score(None) if isinstance(score, dict) else _score(score)
     allocation, per, statistics, masks = allocation or ("uniform" if kind == ":" else own.allocation), per or own.per, {} if sequential else None, {}
     if sequential and (not own.want or callable(own.want) or own.power is not None or allocation in ("global", "owl") or callable(allocation)):
         refuse("sequential", True, "a score of statistics of inputs, such as wanda, and an allocation that does not compare scores of all layers")
-    shares, scores = _plan(weights, _scorer(network, score, batches, weights, loss, generator, statistics), sparsity, kind, sizes, allocation, per)
+    shares, scores = _plan(weights, alive, _scorer(network, score, batches, weights, loss, generator, statistics), sparsity, kind, sizes, allocation, per)
     with restoring(weights) if sequential else contextlib.nullcontext():
         for _, _, found in walk(network, batches, own.want, weights, sequential=True) if sequential else [(None, None, weights)]:
             if sequential: statistics |= found
-            masks |= {n: _mask(weights[n], scores(n), shares[n], kind, sizes, per) for n in found}
+            masks |= {n: _mask(weights[n], alive[n] < weights[n].matrix.numel(), scores(n), shares[n], kind, sizes, per) for n in found}
             if sequential: Pruned({n: weights[n] for n in found}, {n: masks[n] for n in found}, "").apply()
         removed = sum(alive[n] - int(m.sum()) for n, m in masks.items())
         if sparsity and not removed and sum(alive.values()) < total: refuse("network", f"one already pruned to {1 - sum(alive.values()) / total:.1%}", f"a sparsity above that, not {sparsity:g}")
         empty = [n for n, m in masks.items() if alive[n] and not m.any()]
         if empty and not allow_empty: refuse("sparsity", f"{sparsity:g}, which leaves nothing of {', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}", "less, another allocation, or allow_empty=True")
     return Pruned(weights, {n: masks[n] for n in weights}, coverage(network, weights)).apply()
-
-# %% ../../../nbs/sparsity/00_weights.ipynb #hold_members
-def hold_members(
-    start:dict,      # name -> weights to start from, stacked, (M, ...), such as `Ensemble.parameters`
-    masks:dict,      # name -> what is kept, boolean, (M, ...); what has no mask is trained freely
-    optimizer=adam,  # list of parameters -> optimiser
-):                   # the `optimizer` of `core.ensemble.train_ensemble` for M members
-    "Start the members of an ensemble from given weights and train only what their masks keep. For one call of `train_ensemble`."
-    names, members, first = list(start), len(next(iter(start.values()))), 0
-    if unknown := set(masks) - set(start): refuse("masks", f"one for {sorted(unknown)[0]}", f"only for {', '.join(names)}")
-    for name, m in masks.items():
-        if m.shape != start[name].shape or m.dtype != torch.bool: refuse("masks", f"{m.dtype} of shape {tuple(m.shape)} for {name}", f"booleans of shape {tuple(start[name].shape)}")
-    def make(parameters):
-        nonlocal first
-        rows = slice(first, first + len(parameters[0]))
-        if rows.stop > members or len(parameters) != len(names): refuse("start", f"{members} members of {len(names)} parameters", "those of the ensemble, trained from the first member to the last without running out of memory")
-        first, stepper = rows.stop, optimizer(parameters)
-        kept = [masks[n][rows].to(p.device) if n in masks else None for n, p in zip(names, parameters)]
-        with torch.no_grad():
-            for n, p, k in zip(names, parameters, kept): p.copy_(start[n][rows] if k is None else start[n][rows].to(p.device) * k)
-        step = stepper.step
-        def masked():
-            with torch.no_grad():
-                for p, k in zip(parameters, kept):
-                    if k is not None: p.grad.mul_(k)
-            step()
-        stepper.step = masked
-        return stepper
-    return make
 
 # %% ../../../nbs/sparsity/00_weights.ipynb #semi_structured
 def semi_structured(
