@@ -327,14 +327,14 @@ def recover(
     batches,            # training batches, as `loss` reads them; in turn, from the first again after the last
     steps:int,          # of the optimiser, one batch each
     loss=None,          # (network, batch) -> (B,) or a number; None: `batch_losses`
-    parameters=None,    # what is trained; None: all that require gradients
+    parameters=None,    # what is trained; None: all
     rate:float=1e-3,    # of the optimiser
     optimizer=None,     # list of parameters -> optimiser; None: Adam with that rate
     progress=None,      # called with (steps done, of how many)
 )->list:                # the loss at each step
     "Short training after something went. One forward and one backward pass per step; an error leaves the parameters as they were."
     check_count("steps", steps, 0)
-    parameters = [p for p in network.parameters() if p.requires_grad] if parameters is None else list(parameters)
+    parameters = list(network.parameters() if parameters is None else parameters)
     return _fit(parameters, lambda batch: (loss or batch_losses)(network, batch).mean(), batches, steps, rate, optimizer, progress)
 
 def _fit(parameters, objective, batches, steps, rate, optimizer, progress=None):
