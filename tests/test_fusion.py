@@ -7,7 +7,7 @@ from whatmatters.core.calibration import weights_of
 from whatmatters.core.values import seeded
 from whatmatters.sparsity.blocks import batch_losses, macro_influence, recover
 from whatmatters.sparsity.fusion import adapters, fold, fuse, fuse_block, inject, share, share_block, share_residuals, stored
-from whatmatters.sparsity.structure import drop_blocks
+from whatmatters.sparsity.structure import drop_blocks, load, save
 
 SIZES = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, initializer_range=.3)
 
@@ -193,6 +193,27 @@ def test_borrowing_blocks_generate_with_a_cache(ids):
     share(network, [ids], 2, rank=3, lenders="nearest")
     out = [network.generate(ids, max_new_tokens=6, do_sample=False, use_cache=c, pad_token_id=0) for c in (True, False)]
     assert torch.equal(*out)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_saved_and_loaded(make, ids, tmp_path):
+    network = make()
+    done = share(network, [ids], 2, rank=3)
+    assert save(network, tmp_path/"borrowing") == "recipe"
+    again = load(tmp_path/"borrowing")
+    assert torch.equal(again(ids).logits, network(ids).logits) and stored(again) == stored(network)
+    with pytest.raises(ValueError, match="no other block borrows"): share_block(again, done[0].lender, 2)
+    with torch.no_grad():
+        for p in again.parameters(): p.add_(.01)
+        for p in network.parameters(): p.add_(.01)
+    assert torch.equal(again(ids).logits, network(ids).logits) # what is shared moves together
+
+
+def test_a_fused_model_is_a_stock_model(ids, tmp_path):
+    network = llama()
+    fuse_block(network, 1, [ids], rank=2, steps=2)
+    assert save(network, tmp_path/"fused") == "stock"
+    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path/"fused").eval()(ids).logits, network(ids).logits)
 
 
 def test_beginning_at_nothing_is_the_lenders_weights(ids):

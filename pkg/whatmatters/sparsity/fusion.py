@@ -217,16 +217,24 @@ def share_residuals(
 
 # %% ../../../nbs/sparsity/09_fusion.ipynb #Borrowed
 class Borrowed(nn.Module):
-    "A layer that another block owns, with a low-rank difference, a scale and a shift of its own."
+    "A layer that another block owns, with a low-rank difference, a scale and a shift of its own, which at first change nothing."
+    __module__ = "whatmatters.sparsity.fusion" # also where this chapter runs: what a recipe names
+
     def __init__(self,
-        layer:nn.Module,  # the owner's `Linear` or `Conv1D`: the same module, not a copy
-        up:Tensor,        # (out, rank)
-        down:Tensor,      # (rank, in)
-        shift:Tensor,     # what is added to every output feature, (out,)
-        gain:Tensor,      # by what it is multiplied before, (out,)
+        inputs:int,            # features that come in
+        outputs:int,           # and go out
+        rank:int,              # of the difference
+        bias:bool=False,       # whether the owner's layer has one
+        transposed:bool=False, # whether it is a `Conv1D` of transformers
+        layer=None,            # the owner's layer, not a copy; None: a new one, whose parameters are tied to the owner's later
     ):
         super().__init__()
-        self.layer, self.up, self.down, self.shift, self.gain = layer, *(nn.Parameter(p.detach().clone().contiguous()) for p in (up, down, shift, gain))
+        if layer is None and transposed: from transformers.pytorch_utils import Conv1D
+        self.layer, self.transposed = layer or (Conv1D(outputs, inputs) if transposed else nn.Linear(inputs, outputs, bias)), transposed
+        new = lambda f, *shape: nn.Parameter(f(*shape, dtype=self.layer.weight.dtype, device=self.layer.weight.device))
+        self.up, self.down, self.shift, self.gain = new(torch.zeros, outputs, rank), new(torch.zeros, rank, inputs), new(torch.zeros, outputs), new(torch.ones, outputs)
+
+    def recipe(self): return dict(inputs=self.down.shape[1], outputs=len(self.up), rank=len(self.down), bias=self.layer.bias is not None, transposed=self.transposed)
 
     def forward(self, x): return (self.layer(x) + F.linear(F.linear(x, self.down), self.up)) * self.gain + self.shift
 
@@ -296,20 +304,24 @@ def share_block(
     name, block = blocks[index]
     owns = lambda b: not any(isinstance(m, Borrowed) for m in b.modules())
     if not owns(block): refuse("index", index, "a block that owns its weights")
-    own = set(block.modules())
-    if any(m.layer in own for m in network.modules() if isinstance(m, Borrowed)): refuse("index", index, "a block whose weights no other block borrows")
+    own = {id(p) for p in block.parameters()}
+    if any(id(m.layer.weight) in own for m in network.modules() if isinstance(m, Borrowed)): refuse("index", index, "a block whose weights no other block borrows")
     candidates = [i for i, (_, b) in enumerate(blocks) if i != index and owns(b)] if candidates is None else candidates
     if lender is None: lender = int(share_residuals(network, index, rank, candidates, chain).nan_to_num(torch.inf).argmin())
     if lender == index or not owns(blocks[lender][1]): refuse("lender", lender, "another block, which owns its weights")
     residual = share_residuals(network, index, rank if init == "svd" else 0, [lender], chain)[lender].item()
     pairs, records = _pairs(blocks, index, lender), None if batches is None else _record(network, batches, [blocks[index]])
     wanted = target if target or records is None else _layer_moments(block, records, [n for n, *_ in pairs])
-    new, zero = copy.deepcopy(block), torch.zeros(())
+    new = copy.deepcopy(block)
     for layer, mine, other in pairs:
-        mine_bias, other_bias = (zero if getattr(w.module, "bias", None) is None else w.module.bias.detach() for w in (mine, other))
-        like = mine.matrix[:, 0]
+        up, down = _thin(mine.matrix - other.matrix, rank, mine.matrix, init)
+        borrowed = Borrowed(*mine.matrix.shape[::-1], down.shape[0], other.module.bias is not None, other.kind == "transposed", other.module)
+        with torch.no_grad():
+            borrowed.up.copy_(up), borrowed.down.copy_(down)
+            for module, sign in ((mine.module, 1), (other.module, -1)):
+                if module.bias is not None: borrowed.shift.add_(module.bias, alpha=sign)
         owner, _, leaf = layer.rpartition(".")
-        new.get_submodule(owner)._modules[leaf] = Borrowed(other.module, *_thin(mine.matrix - other.matrix, rank, mine.matrix, init), torch.zeros_like(like) + mine_bias.to(like) - other_bias.to(like), torch.ones_like(like))
+        new.get_submodule(owner)._modules[leaf] = borrowed
     if records is not None: _normalise(new.eval(), records, wanted)
     place, _, leaf = name.rpartition(".")
     network.get_submodule(place)._modules[leaf] = new
