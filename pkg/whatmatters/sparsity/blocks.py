@@ -232,8 +232,8 @@ def macro_influence(
         cosines = torch.stack([cosine_similarity(whole[seen].float(), h[seen].float(), -1).double().sum() for h in without])
         total, count = total + cosines, count + int(seen.sum())
     scores = torch.full((len(blocks),), torch.nan, dtype=torch.float64)
-    scores[left] = 1 - (total / count).cpu()
-    return check_finite("activations", scores[left]) if not gone else scores
+    scores[left] = check_finite("activations", 1 - (total / count).cpu())
+    return scores
 
 def _tokens(batch, h):
     "Which rows of the hidden states count: all but padding."

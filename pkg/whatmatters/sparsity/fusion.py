@@ -140,6 +140,7 @@ def fuse_block(
     blocks = _blocks(network, chain)
     _indices("index", [index], len(blocks))
     if check_count("group", group, 2) and len(blocks) < 2: refuse("network", "one block", "at least two")
+    if getattr(getattr(network, "config", None), "is_encoder_decoder", False): refuse("network", f"a {type(network).__name__}, an encoder and a decoder that share a configuration", "one stack of blocks")
     around = _group(index, min(group, len(blocks)), len(blocks))
     records = _record(network, batches, [blocks[i] for i in around])
     try:
