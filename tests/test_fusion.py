@@ -2,7 +2,7 @@
 import copy
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 from whatmatters.core.calibration import weights_of
 from whatmatters.core.values import seeded
 from whatmatters.sparsity.blocks import batch_losses, macro_influence, recover
@@ -77,6 +77,22 @@ def test_fusion_lowers_the_error_of_the_group(make, ids):
     result = fuse_block(tuned, 1, [ids], rank=4, steps=40, rate=2e-2)
     error = lambda n: (n.base_model(ids).last_hidden_state - goal).square().mean().item()
     with torch.no_grad(): assert result.errors[-1] < .8 * result.errors[0] and error(tuned) < error(untuned)
+
+
+def test_a_light_update_beside_the_injected_weights(ids):
+    network = llama()
+    fused = copy.deepcopy(network)
+    assert len(inject(fused, 1, [2], rank=2, light=3)) == 7 * 4
+    assert same(fold(fused), network)
+    result = fuse_block(fused, 1, [ids], rank=2, light=3, steps=20, rate=2e-2)
+    assert result.errors[-1] < result.errors[0] and set(fused.state_dict()) == set(drop_blocks(network, [1]).state_dict())
+
+
+def test_two_stacks_are_refused_before_anything_changes(ids):
+    t5 = tiny(T5ForConditionalGeneration, T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0))
+    before = copy.deepcopy(t5)
+    with pytest.raises(ValueError, match="an encoder and a decoder"): fuse_block(t5, 1, [dict(input_ids=ids, decoder_input_ids=ids)], chain="encoder.block")
+    assert same(t5, before)
 
 
 def test_only_the_group_changes(ids):

@@ -58,13 +58,14 @@ def inject(
     targets,            # positions of the blocks that get them
     rank:int=128,       # of the factors, at most that of the weight
     plain:bool=False,   # leave the injected weights out: low-rank updates of the same size, for comparison
+    light:int=0,        # rank of a plain low-rank update beside the injected weights; 0: none
     chain=None,         # name of the `ModuleList`; None: the longest
     generator=None,     # generator or seed of B; None: seed 0
-)->list:                # the factors, to be trained; all else is as it was
+)->list:                # the factors, to be trained, of each weight first those of the injected one; all else is as it was
     "Inject a block's weights into the corresponding layers of others, with low-rank factors that begin at zero (Pei et al. 2024, arXiv:2411.14507). No model calls; outputs stay as they are."
     blocks, generator = _blocks(network, chain), seeded(generator)
     index, *targets = _indices("index, targets", [index, *targets], len(blocks))
-    check_count("rank", rank)
+    check_count("rank", rank), check_count("light", light, 0)
     source, factors = _places(blocks[index][1]), []
     for i in targets:
         places = _places(blocks[i][1])
@@ -75,9 +76,9 @@ def inject(
         for name, (module, leaf) in _places(blocks[i][1]).items():
             if plain and leaf == "bias": continue
             weight = getattr(module, leaf)
-            new = Injected(weight, None if plain else getattr(*source[name]), rank, generator)
-            parametrize.register_parametrization(module, leaf, new)
-            factors += new.parameters()
+            for new in (Injected(weight, None if plain else getattr(*source[name]), rank, generator), *([Injected(weight, None, light, generator)] if light and leaf != "bias" else [])):
+                parametrize.register_parametrization(module, leaf, new)
+                factors += new.parameters()
     return factors
 
 # %% ../../../nbs/sparsity/09_fusion.ipynb #fold
@@ -131,6 +132,7 @@ def fuse_block(
     steps:int=100,      # of the optimiser, one batch each
     rate:float=1e-3,    # of Adam
     plain:bool=False,   # tune low-rank updates without the injected weights: deletion with the same fine-tuning
+    light:int=0,        # rank of plain low-rank updates beside the injected weights, trained at a hundredth of the rate; 0: none
     chain=None,         # name of the `ModuleList`; None: the longest
     generator=None,     # generator or seed; None: seed 0
 )->Fused:               # what was done
@@ -144,14 +146,16 @@ def fuse_block(
     around = _group(index, min(group, len(blocks)), len(blocks))
     records = _record(network, batches, [blocks[i] for i in around])
     try:
-        factors = inject(network, index, [i for i in around if i != index], rank, plain, chain, generator)
+        factors = inject(network, index, [i for i in around if i != index], rank, plain, light, chain, generator)
+        slow = {id(p) for m in network.modules() if isinstance(m, Injected) and m.injected is None and not plain for p in m.parameters()}
+        groups = lambda ps: torch.optim.Adam([dict(params=[p for p in ps if (id(p) in slow) == late], lr=rate / 100 if late else rate) for late in ((False, True) if slow else (False,))])
         def objective(record):
             h, rests, target, batch = record
             for i, rest in zip(around, rests):
                 if i != index: h = _run_block(blocks[i][1], h, rest)
             seen = _tokens(_asked(batch), h)
             return (h[seen].float() - target[seen].float()).square().mean() / target[seen].float().square().mean().clamp_min(1e-12)
-        errors = _fit(factors, objective, records, steps, rate, None)
+        errors = _fit(factors, objective, records, steps, rate, groups)
     except BaseException:
         fold(network, keep=False)
         raise
