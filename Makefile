@@ -8,7 +8,7 @@ run: .venv/ready
 	$(BIN)/whatmatters run roar
 
 test: .venv/ready
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal tests
 
 lab: .venv/ready
 	$(BIN)/jupyter lab nbs/index.ipynb

@@ -1,8 +1,16 @@
+import os
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent/"shared"  # real data and models, where the machine has them
+FIRST = ("test_a_clean_environment_runs_the_wheel", "test_chapter", "test_smoke")  # the longest; what is short comes last, so that the processes end together
+if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread for each process that tests; read when torch is imported
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.name.split("[")[0], len(FIRST)))
 
 
 @pytest.fixture

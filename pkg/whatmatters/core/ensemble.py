@@ -128,39 +128,45 @@ def train_ensemble(
     epochs:int=20,       # passes over the data
     batch_size:int=64,   # rows per member and step
     group:int|None=None, # members trained at once; None: by `group_size`
+    initial=None,        # where members start: name of a parameter or buffer -> (M, ...), or M modules; None, or names left out: from the seed
+    masks:dict|None=None,# name of a parameter -> boolean (M, ...): what is False is zero from the start and stays it
     progress=None,       # called with (member epochs done, of how many)
 )->Ensemble:             # on the device of `targets`
     """Train many networks of one architecture together; each ends where training it alone would.
 
     Members with the same seed start from the same weights and see the rows in the same order, so that they differ only by their inputs,
-    targets or weights. The loss of a batch is the weighted mean of its rows. Cost: `epochs` forward and backward passes per member and row.
+    targets, weights, masks or start values. The loss of a batch is the weighted mean of its rows. Cost: `epochs` forward and backward passes per member and row.
     Networks with dropout or running batch statistics are trained one at a time."""
     seeds = [int(s) for s in seeds]
     check_count("epochs", epochs), check_count("batch_size", batch_size)
     if not seeds: refuse("seeds", "none", "one per member")
     _check_data(inputs, targets, weights, len(seeds))
-    initial = {s: _initial(make, s) for s in dict.fromkeys(seeds)}
-    network = copy.deepcopy(initial[seeds[0]]).to(targets.device)
+    networks = {s: _initial(make, s) for s in dict.fromkeys(seeds)}
+    network = copy.deepcopy(networks[seeds[0]]).to(targets.device)
+    start, masks = _check_start(initial, masks, network, len(seeds))
     first = torch.arange(min(batch_size, targets.shape[-1]), device=targets.device)
     if group is not None: check_count("group", group)
     else: group = group_size(network, len(seeds), inputs[first] if isinstance(inputs, Tensor) else inputs(first[:1] * 0, first[None])[0])
     if (why := _unstackable(network)) and group > 1: refuse("group", group, f"1 for a network with {why}")
     chunk = Chunk(group)
     def step(which):
-        state = stack_module_state([initial[s] for s in seeds[which]])
-        state = [{k: v.detach().to(targets.device) for k, v in s.items()} for s in state]
+        state = stack_module_state([networks[s] for s in seeds[which]])
+        state = [{k: start[k][which].clone() if k in start else v.detach().to(targets.device) for k, v in s.items()} for s in state]
+        some = {k: m[which] for k, m in masks.items()}
+        for k, m in some.items(): state[0][k].mul_(m)
         members = torch.arange(len(seeds), device=targets.device)[which]
         tell = (lambda e: progress(which.start * epochs + e * len(members), len(seeds) * epochs)) if progress else lambda e: None
-        losses = _train(network.train(), *state, inputs, targets, members, seeds[which], weights, loss, optimizer, epochs, batch_size, tell)
+        losses = _train(network.train(), *state, some, inputs, targets, members, seeds[which], weights, loss, optimizer, epochs, batch_size, tell)
         return *state, losses
     parameters, buffers, losses = zip(*chunk.over(len(seeds), step))
     join = lambda parts: {k: torch.cat([p[k] for p in parts]).detach() for k in parts[0]}
     return Ensemble(network.eval(), join(parameters), join(buffers), torch.cat(losses), chunk.rows)
 
 # %% ../../../nbs/core/05_ensemble.ipynb #_train
-def _train(network, parameters, buffers, inputs, targets, members, seeds, weights, loss, optimizer, epochs, batch_size, tell):
+def _train(network, parameters, buffers, masks, inputs, targets, members, seeds, weights, loss, optimizer, epochs, batch_size, tell):
     "Train one group in place; returns the mean loss of every epoch, (G, epochs)."
-    trained = [parameters[name].requires_grad_() for name, p in network.named_parameters() if p.requires_grad] # the frozen stay frozen
+    names = [name for name, p in network.named_parameters() if p.requires_grad] # the frozen stay frozen
+    trained, masks = [parameters[name].requires_grad_() for name in names], [masks.get(name) for name in names]
     stepper, n, losses = optimizer(trained), targets.shape[-1], []
     orders = {s: torch.Generator().manual_seed(s) for s in dict.fromkeys(seeds)}
     at = torch.tensor([list(orders).index(s) for s in seeds])
@@ -177,7 +183,8 @@ def _train(network, parameters, buffers, inputs, targets, members, seeds, weight
                 else:
                     w = weights[members[:, None], rows]
                     mean = (each * w).sum(1) / w.sum(1).clamp_min(1e-12)
-                for p, g in zip(trained, torch.autograd.grad(mean.sum(), trained, allow_unused=True)):
+                for p, m, g in zip(trained, masks, torch.autograd.grad(mean.sum(), trained, allow_unused=True)):
+                    if g is not None and m is not None: g = g * m
                     p.grad = g if g is None else g.contiguous() # fused optimisers on a CPU silently misread transposed gradients
                 stepper.step()
                 total = total + mean.detach() * rows.shape[1] / n
@@ -190,6 +197,21 @@ def _initial(make, seed):
     with torch.random.fork_rng(): # the GPU's generators too: manual_seed sets them all
         torch.manual_seed(seed)
         return make()
+
+def _check_start(initial, masks, network, members):
+    "Start values and masks as dicts of tensors on the network's device; start values in the dtype of what they stand for."
+    state = dict((*network.named_parameters(), *network.named_buffers()))
+    if initial is not None and not isinstance(initial, dict):
+        if len(initial) != members: refuse("initial", f"{len(initial)} modules", f"{members}, one per member")
+        parameters, buffers = stack_module_state(list(initial))
+        initial = {**parameters, **buffers}
+    for argument, named, known in ("initial", initial, state), ("masks", masks, dict(network.named_parameters())):
+        for name, t in (named or {}).items():
+            if name not in known: refuse(argument, repr(name), f"a name among {', '.join(known)}")
+            if t.shape != (members, *known[name].shape): refuse(argument, f"shape {tuple(t.shape)} for {name}", f"{(members, *known[name].shape)}")
+            if argument == "initial": check_finite(argument, t)
+            elif t.dtype != torch.bool: refuse(argument, f"{t.dtype} for {name}", "boolean, False where the parameter stays zero")
+    return {n: t.detach().to(state[n]) for n, t in (initial or {}).items()}, {n: m.to(state[n].device) for n, m in (masks or {}).items()}
 
 def _check_data(inputs, targets, weights, members):
     if targets.ndim not in (1, 2) or targets.ndim == 2 and len(targets) != members: refuse("targets", f"shape {tuple(targets.shape)}", f"(N,) or ({members}, N)")
