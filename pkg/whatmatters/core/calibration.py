@@ -79,6 +79,7 @@ def weights_of(
             seen.add(id(parameter))
             kind = False if module in within else _kind_of(module, name.rpartition(".")[2], parameter)
             if kind is False: refuse("network", f"the parameter {name} of a {within.get(module, type(module).__name__)}, for which there is no rule", "layers that are linear, convolutions, embeddings or experts, or its name in skip=")
+            if kind == "convolution" and not parameter.is_contiguous(): refuse("network", f"{name}, which is not contiguous, as in the memory format channels_last", "network.to(memory_format=torch.contiguous_format): a matrix is a view")
             if kind == "expert": found |= {f"{name}[{e}]": Weight(f"{name}[{e}]", module, parameter, kind, e) for e in range(len(parameter))}
             elif kind: found[name] = Weight(name, module, parameter, kind)
     if not found: refuse("network", f"a {type(network).__name__} without a weight matrix that is not skipped", "at least one")

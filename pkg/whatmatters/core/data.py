@@ -33,7 +33,7 @@ class Data(NamedTuple):
 EMBEDDED = ("digits", "breast_cancer", "wine", "diabetes", "python")
 
 def source_kind(
-    data:str, # an embedded set, a folder, or owner/name on the hub
+    data:str, # an embedded set, a folder, or owner/name on the hub (owner/name:configuration, where it has several)
 )->str:       # "embedded", "folder" or "hub"
     "Where a data set comes from; refuses, without reading anything, what can be none of the three."
     wanted = f"one of {', '.join(EMBEDDED)}, a folder, or owner/name on the hub"
@@ -41,7 +41,7 @@ def source_kind(
     if data in EMBEDDED: return "embedded"
     if Path(data).is_dir(): return "folder"
     if Path(data).exists(): refuse("data", f"the file {data}", wanted)
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", data): return "hub"
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?", data): return "hub"
     near = difflib.get_close_matches(data, EMBEDDED, 1)
     refuse("data", f"{data!r}, which is no folder" + (f" (did you mean {near[0]}?)" if near else ""), wanted)
 
@@ -115,7 +115,9 @@ def _folder(folder, text, label, size):
 def _hub(source, **options):
     "Anything that `datasets` loads."
     import datasets
-    try: return datasets.load_dataset(source, **options)
+    name, _, configuration = source.partition(":")
+    if configuration: options["name"] = configuration
+    try: return datasets.load_dataset(name, **options)
     except Exception as error: refuse("data", f"{source!r}, which did not load ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})", "a data set that the hub has and this machine reaches")
 
 def _splits(source, text, label, size, **options):
