@@ -70,7 +70,8 @@ def test_recursive_roar_with_a_pretrained_encoder_from_a_folder(tmp_path):
 @pytest.mark.parametrize("name, given", [("ensemble", dict(members=[1, 3], rows=64, epochs=1, repeats=2)), ("attribution", dict(models=["cnn"], batch=2, steps=[2], repeats=1)),
                                          ("text", dict(layers=1, width=32, prompt=8, new=3, long=24, repeats=1)), ("layers", dict(models=["cnn"], batch=2, steps=2, repeats=1, peaks=["conductance"])),
                                          ("propagation", dict(models=["cnn"], batch=2, width=8, repeats=1)),
-                                         ("games", dict(games=["diabetes 10 boosting"], encoder=None, budgets=[60], repeats=1, background=3))])
+                                         ("games", dict(games=["diabetes 10 boosting"], encoder=None, budgets=[60], repeats=1, background=3)),
+                                         ("pruning", dict(layers=1, hidden=32, neurons=48, heads=4, kv_heads=2, vocabulary=64, sequences=2, length=8, rows=1, gradient_sequences=1, side=32, memory=[], repeats=1))])
 def test_benchmarks_run(name, given, tmp_path):
     assert experiments.run(str(ROOT/f"nbs/benchmarks/{name}.ipynb"), given=given, out=tmp_path, engine="warm")[1]
 
