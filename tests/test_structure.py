@@ -12,6 +12,10 @@ from whatmatters.sparsity import structure as S
 SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=.3)
 IDS, IMAGES = torch.randint(3, 96, (2, 6), generator=torch.Generator().manual_seed(0)), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+FOREIGN = {"gpt2": SIZES, "t5": (*SIZES, "max_position_embeddings"), "opt": ("intermediate_size",),  # what these call otherwise
+           "vit": ("vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")}
+
 
 def make(name, **changes):
     torch.manual_seed(0)
@@ -25,9 +29,7 @@ def make(name, **changes):
         "gpt2": (T.GPT2LMHeadModel, T.GPT2Config, dict(n_embd=32, n_layer=2, n_head=4)),
         "vit": (T.ViTForImageClassification, T.ViTConfig, dict(image_size=16, patch_size=4, num_labels=5)), "t5": (T.T5ForConditionalGeneration, T.T5Config, dict(d_model=32, d_kv=8, d_ff=44, num_layers=2, num_heads=4, decoder_start_token_id=0)),
     }[name]
-    given = {**SMALL, **extra, **changes}
-    if name in ("gpt2", "opt", "vit", "t5"): given = {k: v for k, v in given.items() if k not in ({"gpt2": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), "t5": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"), "opt": ("intermediate_size",), "vit": ("vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")}[name])}
-    return kind(config(**given)).eval()
+    return kind(config(**{k: v for k, v in {**SMALL, **extra, **changes}.items() if k not in FOREIGN.get(name, ())})).eval()
 
 
 def example(name): return IMAGES if name == "vit" else dict(input_ids=IDS, decoder_input_ids=IDS[:, :3]) if name == "t5" else IDS

@@ -11,7 +11,7 @@ from whatmatters.core.calibration import weights_of
 from whatmatters.core.keep import count_of, top
 from whatmatters.core.values import seeded
 from whatmatters.sparsity import weights as W
-from whatmatters.sparsity.weights import SCORES, Contributions, Score, contributions, dimap, hold_members, lamp, prune, relative_importance, ria, score_weights, semi_structured, wanda
+from whatmatters.sparsity.weights import SCORES, Contributions, Score, contributions, dimap, lamp, prune, relative_importance, ria, score_weights, semi_structured, wanda
 
 SIZES = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, max_position_embeddings=64)
 IDS = torch.randint(0, 64, (4, 10), generator=seeded(1))
@@ -210,7 +210,7 @@ def test_more_bad_input():
     channels_last = cnn().to(memory_format=torch.channels_last) # its matrix would be a copy, and nothing would be pruned
     before = copy.deepcopy(channels_last)
     try: assert abs(prune(channels_last, "magnitude", .5).removed - .5) < .01 and (channels_last[2].weight == 0).double().mean() == .5
-    except ValueError as error: assert "0.weight in a memory format" in str(error) and same(channels_last, before)
+    except ValueError as error: assert "memory format channels_last" in str(error) and same(channels_last, before)
     broken = mlp()
     with torch.no_grad(): broken[2].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="2.weight: got 1 NaN"): prune(broken, "magnitude", .5)
@@ -273,13 +273,6 @@ def test_held_in_training():
         experts(input_ids=IDS, labels=IDS).loss.backward()
         optimiser.step()
         assert not any(w.matrix[~report.masks[n]].any() for n, w in weights_of(experts).items())
-
-
-def test_only_what_fits_goes_into_an_ensemble():
-    start, masks = {"w": torch.ones(2, 3)}, {"w": torch.ones(2, 3, dtype=torch.bool)}
-    with pytest.raises(ValueError, match="masks: got one for v"): hold_members(start, {"v": masks["w"]})
-    with pytest.raises(ValueError, match="masks: got torch.float32"): hold_members(start, {"w": torch.ones(2, 3)})
-    with pytest.raises(ValueError, match="start: got 2 members"): hold_members(start, masks)([torch.ones(3, 3, requires_grad=True)])
 
 
 def test_semi_structured():

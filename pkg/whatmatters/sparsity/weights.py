@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'magnitude', 'lamp', 'dimap', 'swin_modules', 'wanda', 'ria', 'Contributions', 'relative_importance',
            'contribution_entropy', 'snip', 'taylor', 'fisher', 'random', 'Score', 'contributions', 'score_weights',
-           'check_sparsity', 'Pruned', 'prune', 'hold_members', 'semi_structured']
+           'check_sparsity', 'Pruned', 'prune', 'semi_structured']
 
 # %% ../../../nbs/sparsity/00_weights.ipynb #43934117
 import contextlib
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..core.calibration import _calibrating, calibrate, coverage, gradients, listen, restoring, walk, weights_of
-from ..core.ensemble import adam
 from ..core.keep import blocks, n_of_m, top
 from ..core.values import refuse, check_finite, check_count, seeded
 
@@ -420,7 +419,6 @@ def prune(
     if not weights: refuse("weights", "none", "at least one weight matrix to prune")
     for name, w in weights.items():
         _finite(name, w.matrix)
-        if w.matrix.untyped_storage().data_ptr() != w.parameter.untyped_storage().data_ptr(): refuse("network", f"{name} in a memory format of which the matrix is no view", "network.to(memory_format=torch.contiguous_format)")
     batches, alive, total = _listed(batches), {n: w.matrix.numel() if w.matrix.all() else int((w.matrix != 0).sum()) for n, w in weights.items()}, sum(w.matrix.numel() for w in weights.values())
     own = Score(None) if isinstance(score, dict) else _score(score)
     allocation, per, statistics, masks = allocation or ("uniform" if kind == ":" else own.allocation), per or own.per, {} if sequential else None, {}
@@ -437,35 +435,6 @@ def prune(
         empty = [n for n, m in masks.items() if alive[n] and not m.any()]
         if empty and not allow_empty: refuse("sparsity", f"{sparsity:g}, which leaves nothing of {', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}", "less, another allocation, or allow_empty=True")
     return Pruned(weights, {n: masks[n] for n in weights}, coverage(network, weights)).apply()
-
-# %% ../../../nbs/sparsity/00_weights.ipynb #hold_members
-def hold_members(
-    start:dict,      # name -> weights to start from, stacked, (M, ...), such as `Ensemble.parameters`
-    masks:dict,      # name -> what is kept, boolean, (M, ...); what has no mask is trained freely
-    optimizer=adam,  # list of parameters -> optimiser
-):                   # the `optimizer` of `core.ensemble.train_ensemble` for M members
-    "Start the members of an ensemble from given weights and train only what their masks keep. For one call of `train_ensemble`."
-    names, members, first = list(start), len(next(iter(start.values()))), 0
-    if unknown := set(masks) - set(start): refuse("masks", f"one for {sorted(unknown)[0]}", f"only for {', '.join(names)}")
-    for name, m in masks.items():
-        if m.shape != start[name].shape or m.dtype != torch.bool: refuse("masks", f"{m.dtype} of shape {tuple(m.shape)} for {name}", f"booleans of shape {tuple(start[name].shape)}")
-    def make(parameters):
-        nonlocal first
-        rows = slice(first, first + len(parameters[0]))
-        if rows.stop > members or len(parameters) != len(names): refuse("start", f"{members} members of {len(names)} parameters", "those of the ensemble, trained from the first member to the last without running out of memory")
-        first, stepper = rows.stop, optimizer(parameters)
-        kept = [masks[n][rows].to(p.device) if n in masks else None for n, p in zip(names, parameters)]
-        with torch.no_grad():
-            for n, p, k in zip(names, parameters, kept): p.copy_(start[n][rows] if k is None else start[n][rows].to(p.device) * k)
-        step = stepper.step
-        def masked():
-            with torch.no_grad():
-                for p, k in zip(parameters, kept):
-                    if k is not None: p.grad.mul_(k)
-            step()
-        stepper.step = masked
-        return stepper
-    return make
 
 # %% ../../../nbs/sparsity/00_weights.ipynb #semi_structured
 def semi_structured(
