@@ -176,3 +176,28 @@ def test_real_text_and_a_real_model(real, root):
     model = load_model(str(folder))
     ids = token_rows(model.tokenizer, "Once upon a time, there was a little girl named Lily. She loved to play with her toys. " * 20, 32)
     assert next_token_losses(model.network, ids).mean() < 3 and len(calibrate(model.network, [ids])) == len(weights_of(model.network))
+
+
+@pytest.mark.parametrize("use", (lambda n, b: {k: s.norm for k, s in calibrate(n, b).items()}, gradients,
+                                 lambda n, b: {k: s.second for _, _, found in walk(n, b) for k, s in found.items()}, lambda n, b: {"": hidden_cosines(n, b)}))
+def test_one_batch_needs_no_list_and_may_come_from_a_tokenizer(use):
+    network = causal("Llama")
+    whole, mask = use(network, [IDS]), torch.tensor([[1] * 9] * 3 + [[0] * 4 + [1] * 5] * 2)
+    padded = use(network, [dict(input_ids=IDS, attention_mask=mask)])
+    for batch in (IDS, dict(input_ids=IDS), transformers.BatchEncoding(dict(input_ids=IDS)), [transformers.BatchEncoding(dict(input_ids=IDS))]):
+        found = use(network, batch)
+        assert all(torch.equal(found[n], whole[n]) for n in whole)
+    found = use(network, transformers.BatchEncoding(dict(input_ids=IDS, attention_mask=mask)))
+    assert all(torch.equal(found[n], padded[n]) for n in padded) and any(not torch.equal(found[n], whole[n]) for n in whole)
+    for batches in (None, "text", 3):
+        with pytest.raises(ValueError, match="^batches: got"): use(network, batches)
+
+
+def test_the_loss_of_the_next_token_is_for_language_models():
+    network, body = causal("Llama"), causal("Llama").model
+    assert all(torch.equal(a, b) for a, b in zip(gradients(network, [(IDS,)]).values(), gradients(network, [IDS]).values()))
+    with pytest.raises(ValueError, match="^loss: got none for a Sequential"): gradients(nn.Sequential(nn.Linear(3, 2)), [torch.ones(2, 3)])
+    with pytest.raises(ValueError, match="^loss: got none, and a LlamaModel"): gradients(body, [IDS])
+    with pytest.raises(ValueError, match="^batches: got a tuple of 2"): gradients(network, [(IDS, IDS)])
+    for odd in (None, [network]):
+        with pytest.raises(ValueError, match="^network: got a"): weights_of(odd)

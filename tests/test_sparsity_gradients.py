@@ -157,3 +157,16 @@ def test_dual_scores_from_two_sets_of_batches_and_what_they_cost():
     assert len(calls) == 2 + 2 * 16 and all(s.shape == weights_of(model)[k].matrix.shape and (s >= 0).all() for k, s in scores.items())
     with pytest.raises(ValueError, match="weights: got the grouped convolution 0.weight"): dpruner_scores(nn.Sequential(nn.Conv1d(4, 4, 3, groups=2)).eval(), [torch.randn(9, 4, 8)], [torch.randn(2, 4, 8)], lambda n, b: n(b).sum())
     with pytest.raises(ValueError, match="batches: got none"): dpruner_scores(model, [torch.randn(20, 6)], [], loss)
+
+
+def test_gblm_divides_the_norm_of_an_expert_by_all_sequences():
+    "Not by the tokens that came to the expert: its gradients are sums over all sequences too."
+    from transformers import MixtralConfig, MixtralForCausalLM
+    from whatmatters.core.calibration import calibrate, gradients
+    from whatmatters.sparsity.weights import score_weights
+    torch.manual_seed(0)
+    network = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)).eval()
+    batches = list(torch.randint(64, (6, 10)).split(2))
+    found, s, g = score_weights(network, "gblm", batches), calibrate(network, batches), gradients(network, batches)
+    for name, w in weights_of(network).items():
+        assert torch.allclose(found[name], w.matrix.abs() * (s[name].norm / 6 ** .5 + 100 * g[name].sqrt()), rtol=1e-5)

@@ -8,7 +8,9 @@ __all__ = ['WANT', 'Weight', 'weights_of', 'coverage', 'listen', 'Statistics', '
 
 # %% ../../../nbs/core/15_calibration.ipynb #75759047
 import contextlib
+import inspect
 import warnings
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from functools import cached_property
 import torch
@@ -68,6 +70,7 @@ def weights_of(
     """The weight matrices of a network, each once, also when it is tied.
 
     A layer type whose weights no rule here reads (recurrent layers, `nn.MultiheadAttention`, ...) is refused by name, unless it is skipped."""
+    if not isinstance(network, nn.Module): refuse("network", f"a {type(network).__name__}", "a torch.nn.Module")
     if isinstance(skip, str): refuse("skip", repr(skip), "a list of patterns")
     left_out = _left_out(network) if skip is None else set()
     skipped = lambda name: name in left_out or any(fnmatch(name, pattern) for pattern in skip or ())
@@ -118,8 +121,7 @@ class _Product:
     @classmethod
     def operands(cls, func, args, kwargs):
         "Input and weight, or None."
-        names = cls.FORMS.get(func)
-        if names is None: return None
+        names = cls.FORMS[func]
         at = 1 if func is torch.addmm else 0
         x, weight = (args[at + i] if len(args) > at + i else kwargs.get(name) for i, name in enumerate(names))
         return (x, weight) if isinstance(weight, Tensor) and isinstance(x, Tensor) else None
@@ -132,7 +134,7 @@ class _Rows:
             given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args)) | kwargs
             options = [given.get(k, default) for k, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))]
             patches = _patches(x, weight.parameter, *options)
-            self.owners = torch.arange(len(x), device=x.device).repeat_interleave(patches.shape[2])
+            self._owners = lambda: torch.arange(len(x), device=x.device).repeat_interleave(patches.shape[2])
             return patches.flatten(0, 1).flatten(0, 1) if patches.shape[1] == 1 else patches.movedim(1, 0).flatten(1, 2) # grouped: (groups, rows, columns)
         return self._kept(x[..., None] if weight.kind == "embedding" else x, weight)
 
@@ -141,14 +143,17 @@ class _Rows:
         width, places, n = x.shape[-1], x.shape[:-1].numel(), self.rows or 0
         flat = x.reshape(-1, width)
         flat = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
-        self.owners = None
+        self._owners = lambda: None
         if weight.kind == "expert" or not n or places % n:
             if self.mask is not None: refuse("batches", f"padding, which {weight.name} no longer knows from text", "texts of one length without padding for a mixture of experts")
             return flat
         per = places // n
-        self.owners = torch.arange(n, device=x.device).repeat_interleave(per)
-        if self.mask is not None and per == self.mask.shape[1]: flat, self.owners = flat[self.mask.flatten()], self.owners[self.mask.flatten()]
-        return flat
+        inside = self.mask.flatten() if self.mask is not None and per == self.mask.shape[1] else slice(None)
+        self._owners = lambda: torch.arange(n, device=x.device).repeat_interleave(per)[inside]
+        return flat[inside]
+
+    @property
+    def owners(self): return self._owners() # made when asked for
 
 # %% ../../../nbs/core/15_calibration.ipynb #55e75aae
 class _Listener(_Rows, TorchFunctionMode):
@@ -156,19 +161,21 @@ class _Listener(_Rows, TorchFunctionMode):
     def __init__(self, weights, on_input, on_call):
         super().__init__()
         self.weights, self.on_input, self.on_call = weights, on_input, on_call
-        self.leader, self.mask, self.rows, self.owners, self._last = {}, None, None, None, None
+        self.leader, self.mask, self.rows, self.samples, self._owners, self._last = {}, None, None, 0, lambda: None, None
         self.at = {w.matrix.data_ptr(): w for w in weights.values()}
 
     def run(self, network, batch, call=None):
         "Call a network, or what stands for it, with a batch; its padding is left out of what is heard."
-        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all() else None
         self.rows = len(_first(batch))
+        self.samples += self.rows
         try: return call() if call else _call(network, batch)
         finally: self.mask = self.rows = self._last = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func not in _Product.FORMS: return func(*args, **kwargs)
         out, found = func(*args, **kwargs), _Product.operands(func, args, kwargs)
         weight = found and self.at.get(found[1].data_ptr())
         if not weight: return out
@@ -202,13 +209,20 @@ def listen(
     with listener, _every_module_runs(): yield listener
 
 # %% ../../../nbs/core/15_calibration.ipynb #348dcc78
+def _batches(batches):
+    "Batches, of which one alone need not be in a list."
+    if batches is None or isinstance(batches, str) or not hasattr(batches, "__iter__"): refuse("batches", "none" if batches is None else f"a {type(batches).__name__}", "a list of tensors, or of dicts or tuples of them")
+    plain = lambda batch: dict(batch) if isinstance(batch, Mapping) else batch # also what a tokenizer of transformers returns
+    return map(plain, [batches] if isinstance(batches, (Tensor, Mapping)) else batches)
+
 def _first(batch):
-    found = batch if isinstance(batch, Tensor) else next((t for t in (batch.values() if isinstance(batch, dict) else batch) if isinstance(t, Tensor) and t.ndim), None)
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    found = batch if isinstance(batch, Tensor) else next((t for t in parts if isinstance(t, Tensor) and t.ndim), None)
     if not isinstance(found, Tensor) or not found.numel(): refuse("batches", f"a {type(batch).__name__} without a tensor that has rows", "tensors, or dicts or tuples of them")
     return found
 
 def _call(network, batch):
-    return network(**batch) if isinstance(batch, dict) else network(batch) if isinstance(batch, Tensor) else network(*batch)
+    return network(**batch) if isinstance(batch, Mapping) else network(batch) if isinstance(batch, Tensor) else network(*batch)
 
 @contextlib.contextmanager
 def _calibrating(network):
@@ -229,7 +243,7 @@ WANT = ("norm", "total", "sequence", "second", "quantiles", "output")
 class Statistics:
     "Running sums of what a weight reads, (in,) each; for a grouped convolution (groups, in)."
     def __init__(self, want=("norm",)):
-        self.want, self.rows, self.sequences = want, 0, 0
+        self.want, self.rows, self.sequences, self.samples = want, 0, 0, 0 # `samples`: rows of all batches, whether an expert read them or not
         self.square = self.total = self.sequence = self.second = self.histogram = self.output = None
 
     @property
@@ -278,7 +292,7 @@ def _gather(weights, want):
             if set(want) - {"norm"}: refuse("want", ", ".join(want), f'"norm" alone for the embedding {name}')
             counts = torch.bincount(x[:, 0].long(), minlength=weights[name].matrix.shape[1]).float()
             statistics.rows, statistics.square = statistics.rows + len(x), counts if statistics.square is None else statistics.square.add_(counts)
-        else: statistics.add(x, listener[0].owners)
+        else: statistics.add(x, listener[0].owners if "sequence" in want else None)
     def on_call(name, x, y):
         outputs[name] = y.square().sum(0) + outputs.get(name, 0)
     listener, outputs = [None], {}
@@ -288,6 +302,7 @@ def _gather(weights, want):
             leader = listener[0].leader.get(name)
             statistics = found.get(leader) if leader else _unread(weights[name], want)
             if not statistics.square.isfinite().all(): refuse("batches", f"NaN or infinite activations at the input of {name}", "finite ones")
+            statistics.samples = listener[0].samples
             if name in outputs:
                 mine = Statistics(want)
                 mine.__dict__.update(statistics.__dict__, output=outputs[name])
@@ -310,7 +325,7 @@ def _unread(weight, want):
 # %% ../../../nbs/core/15_calibration.ipynb #calibrate
 def calibrate(
     network,      # a module in evaluation mode
-    batches,      # iterable of inputs: a tensor, a dict (with attention_mask, where there is padding) or a tuple each
+    batches,      # iterable of inputs: a tensor, a dict (with attention_mask, where there is padding) or a tuple each; or one tensor or dict
     weights=None, # name -> `Weight`; None: `weights_of(network)`
     want=("norm",),# what is summed: "norm", "total", "sequence" (of the norms of each sequence), "second" (moments), "quantiles", "output" (squares)
 )->dict:          # name -> `Statistics`, one object for weights that share their input
@@ -321,7 +336,7 @@ def calibrate(
     listener, on_input, on_call, settled = _gather(weights, want)
     body, count = _body(network, weights), 0
     with torch.no_grad(), _calibrating(network), listen(weights, on_input, on_call) as listener[0]:
-        for batch in batches:
+        for batch in _batches(batches):
             listener[0].run(body, _without_labels(batch) if body is not network else batch)
             count += 1
     if not count: refuse("batches", "none", "at least one")
@@ -333,7 +348,7 @@ def _body(network, weights):
     inside = {id(p) for p in body.parameters()} if body is not network else ()
     return body if body is not network and all(id(w.parameter) in inside for w in weights.values()) else network
 
-def _without_labels(batch): return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else batch
+def _without_labels(batch): return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else batch
 
 # %% ../../../nbs/core/15_calibration.ipynb #next_token_loss
 def next_token_loss(
@@ -341,9 +356,14 @@ def next_token_loss(
     batch,   # token ids (B, T), or a dict with `input_ids`, of which `attention_mask` names the padding
 )->Tensor:   # nats per token
     "The loss of the next token, as the model itself computes it."
-    batch = batch if isinstance(batch, dict) else dict(input_ids=batch)
+    if isinstance(batch, (tuple, list)) and len(batch) == 1: batch, = batch
+    if not isinstance(batch, (Tensor, Mapping)): refuse("batches", f"a {type(batch).__name__} of {len(batch)}", "token ids, a dict with input_ids, or a loss of your own")
+    batch = batch if isinstance(batch, Mapping) else dict(input_ids=batch)
+    takes = inspect.signature(network.forward).parameters
+    if "labels" not in takes and all(p.kind != p.VAR_KEYWORD for p in takes.values()) or "input_ids" not in batch: refuse("loss", f"none for a {type(network).__name__}", "a function (network, batch) -> number, where the network is no language model")
     labels = batch["input_ids"] if batch.get("attention_mask") is None else batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    return network(**{"labels": labels, **batch}).loss
+    found = getattr(network(**{"labels": labels, **batch}), "loss", None)
+    return refuse("loss", f"none, and a {type(network).__name__} computes none", "a model with a head, or a function (network, batch) -> number") if found is None else found
 
 # %% ../../../nbs/core/15_calibration.ipynb #gradients
 def gradients(
@@ -360,7 +380,7 @@ def gradients(
     parameters = list({id(w.parameter): w.parameter for w in weights.values()}.values())
     frozen = [p for p in parameters if not p.requires_grad]
     with _calibrating(network), torch.enable_grad(), _requiring(frozen):
-        for one in (row for batch in batches for row in _one_by_one(batch)):
+        for one in (row for batch in _batches(batches) for row in _one_by_one(batch)):
             value = loss(network, one)
             if not isinstance(value, Tensor) or value.numel() != 1: refuse("loss", f"a {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}", "one number for one row")
             for p, g in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True)):
@@ -378,7 +398,7 @@ def gradients(
 def _one_by_one(batch):
     rows = len(_first(batch))
     cut = lambda t, i: t[i:i + 1] if isinstance(t, Tensor) and t.ndim and len(t) == rows else t
-    for i in range(rows): yield cut(batch, i) if isinstance(batch, Tensor) else {k: cut(t, i) for k, t in batch.items()} if isinstance(batch, dict) else tuple(cut(t, i) for t in batch)
+    for i in range(rows): yield cut(batch, i) if isinstance(batch, Tensor) else {k: cut(t, i) for k, t in batch.items()} if isinstance(batch, Mapping) else tuple(cut(t, i) for t in batch)
 
 @contextlib.contextmanager
 def _requiring(parameters):
@@ -457,7 +477,7 @@ def walk(
 
     Cost: one forward pass per row; two when `sequential`, and where blocks return tuples; one more of the whole network for weights outside the blocks, which come last, under the name "".
     A network without a chain of blocks is one block."""
-    weights, batches, blocks = weights_of(network) if weights is None else weights, list(batches), chain_of(network, chain)
+    weights, batches, blocks = weights_of(network) if weights is None else weights, list(_batches(batches)), chain_of(network, chain)
     if not batches: refuse("batches", "none", "at least one")
     inside = {name: {n: w for n, w in weights.items() if n.startswith(name + ".")} for name, _ in blocks}
     if any(inside.values()):
@@ -507,8 +527,8 @@ def hidden_cosines(
     try:
         with torch.no_grad(), _calibrating(network), _every_module_runs():
             body = _body(network, {})
-            for batch in batches:
-                given = batch.get("attention_mask") if isinstance(batch, dict) else None
+            for batch in _batches(batches):
+                given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 mask[0] = None if given is None else given.bool()
                 _call(body, _without_labels(batch) if body is not network else batch)
     finally:

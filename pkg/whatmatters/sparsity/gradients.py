@@ -49,7 +49,7 @@ def gblm(
     w, g = _floats(weight, gradient=gradient)
     return wanda(weight, norm) + alpha * w.abs() * g
 
-SCORES["gblm"] = Score(lambda w, s, g: gblm(w.matrix, s.norm / max(s.sequences, 1) ** .5, g.sqrt()), ("norm", "sequence"), 2, "row")
+SCORES["gblm"] = Score(lambda w, s, g: gblm(w.matrix, s.norm / s.samples ** .5, g.sqrt()), ("norm",), 2, "row") # also of experts, which few rows reach, over all samples
 
 # %% ../../../nbs/sparsity/03_gradients.ipynb #mask_structure
 def mask_structure(

@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from ..core.calibration import _calibrating, calibrate, coverage, gradients, listen, restoring, walk, weights_of
+from ..core.calibration import _batches, _calibrating, calibrate, coverage, gradients, listen, restoring, walk, weights_of
 from ..core.keep import blocks, n_of_m, top
 from ..core.values import refuse, check_finite, check_count, seeded
 
@@ -246,7 +246,7 @@ def contributions(
         if not x.isfinite().all(): refuse("batches", f"NaN or infinite activations at the input of {name}", "finite ones")
         found[name].add(x)
     with _calibrating(network), listen(weights, on_call=take) as listener:
-        for batch in batches: listener.run(network, batch)
+        for batch in _batches(batches): listener.run(network, batch)
     for name, c in found.items():
         if c.rows: continue
         if weights[name].kind != "expert": refuse("batches", f"none that reach {name}", "batches that reach every weight")
@@ -268,7 +268,7 @@ def score_weights(
     of = _scorer(network, score, batches, weights, loss, generator)
     return {name: of(name) for name in weights}
 
-def _listed(batches): return [batches] if isinstance(batches, Tensor) else batches if batches is None else list(batches)
+def _listed(batches): return batches if batches is None else list(_batches(batches))
 
 def _scorer(network, score, batches, weights, loss, generator, statistics=None):
     "Name -> checked scores, made when asked for; what they need from the data is had now, unless statistics come later."
@@ -418,6 +418,7 @@ def prune(
     weights = weights_of(network) if weights is None else weights
     if not weights: refuse("weights", "none", "at least one weight matrix to prune")
     for name, w in weights.items():
+        if not hasattr(w, "matrix"): refuse("weights", f"a {type(w).__name__} for {name}", "those of core.calibration.weights_of, or some of them")
         _finite(name, w.matrix)
     batches, alive, total = _listed(batches), {n: w.matrix.numel() if w.matrix.all() else int((w.matrix != 0).sum()) for n, w in weights.items()}, sum(w.matrix.numel() for w in weights.values())
     own = Score(None) if isinstance(score, dict) else _score(score)
