@@ -106,8 +106,9 @@ class _Trace(TorchFunctionMode):
         self.leaves.append(leaf)
         return leaf.tensor
 
-    def reads(self, key, x, axis):
+    def reads(self, key, x, axis, width=None):
         "A layer reads `x` along `axis`; layers that read one tensor share what is found."
+        if width is not None and x.shape[axis] != width: raise RuntimeError(f"{key[0]} reads {width} channels, and was given {x.shape[axis]}")
         self.kept.append(x) # held, so that no address comes twice
         self.inputs.setdefault((id(x), axis % x.ndim), (x, axis, []))[2].append(key)
 
@@ -116,11 +117,11 @@ class _Trace(TorchFunctionMode):
         at = lambda i, name, default=None: args[i] if len(args) > i else kwargs.get(name, default)
         if func is nn.functional.linear and (name := self.names.get(id(at(1, "weight")))):
             x, w = at(0, "input"), at(1, "weight")
-            self.reads((name, 1), x, -1)
+            self.reads((name, 1), x, -1, w.shape[1])
             return self.answer(name, 0, (*x.shape[:-1], w.shape[0]), w, -1, at(2, "bias"))
         if func is torch.addmm and (name := self.names.get(id(at(2, "mat2")))): # transformers' Conv1D
             x, w = at(1, "mat1"), at(2, "mat2")
-            self.reads((name, 0), x, -1)
+            self.reads((name, 0), x, -1, w.shape[0])
             return self.answer(name, 1, (*x.shape[:-1], w.shape[1]), w, -1, at(0, "input"))
         if func is nn.functional.embedding and (name := self.names.get(id(at(1, "weight")))):
             w = at(1, "weight")
@@ -140,7 +141,7 @@ class _Trace(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def answer(self, name, dim, shape, weight, axis, bias):
-        if bias is not None: self.biases[name] = self.names.get(id(bias))
+        if bias is not None and (of := self.names.get(id(bias))): self.biases.setdefault(name, []).append(of) # several where layers share a weight
         return self.leaf((name, dim), shape, weight, axis)
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #_tensors
@@ -152,10 +153,10 @@ def _tensors(out):
 
 def _call(network, batch): return network(**batch) if isinstance(batch, dict) else network(*batch) if isinstance(batch, (list, tuple)) else network(batch)
 
-def _tiny(batch, tokens=4):
+def _tiny(batch, tokens):
     "The first row of a batch, a few tokens of it, several times: enough positions for every channel to be alive somewhere."
-    if isinstance(batch, Tensor): return _tiny({"": batch})[""]
-    if isinstance(batch, (list, tuple)): return list(_tiny(dict(zip(map(str, range(len(batch))), batch))).values())
+    if isinstance(batch, Tensor): return _tiny({"": batch}, tokens)[""]
+    if isinstance(batch, (list, tuple)): return list(_tiny(dict(zip(map(str, range(len(batch))), batch)), tokens).values())
     given = {n: t for n, t in batch.items() if isinstance(t, Tensor) and t.ndim}
     if not given or any(not len(t) for t in given.values()): refuse("batch", f"{len(given)} tensors with rows", "at least one row")
     rows, cut = max(64 if t.ndim <= 2 and t.is_floating_point() else 8 if t[0].numel() < 2 ** 14 else 2 for t in given.values()), dict(batch)
@@ -163,6 +164,15 @@ def _tiny(batch, tokens=4):
         t = (t[:1, :tokens] if t.ndim == 2 and not t.is_floating_point() else t[:1]).repeat_interleave(rows, 0).detach().clone()
         cut[name] = torch.ones_like(t) if name.endswith("attention_mask") else t.requires_grad_() if t.is_floating_point() else t
     return cut
+
+def _traced(network, batch, generator):
+    "A pass over a few tokens, or over all of them where a network wants more."
+    for tokens in (4, None):
+        trace, tiny = _Trace(network, generator), _tiny(batch, tokens)
+        try:
+            with trace: return trace, tiny, _call(network, tiny)
+        except (RuntimeError, IndexError, ValueError, AssertionError):
+            if tokens is None: raise
 
 @contextlib.contextmanager
 def _quiet(network):
@@ -340,7 +350,7 @@ def _gather(labels, stay, roles, biases, tensors):
     components, inverse = torch.unique(pairs[0], return_inverse=True)
     looks = torch.zeros(len(components), dtype=torch.long).index_add_(0, inverse, code[pairs[1], counts]) # alike: the same tensors, as many channels of each
     groups, names = [], {}
-    for look in torch.unique(looks):
+    for look in dict.fromkeys(looks.tolist()):
         alike = components[looks == look]
         mine = rows[:, torch.isin(rows[0], alike)]
         own = [k for k in range(len(keys)) if (mine[1] == k).any()]
@@ -355,14 +365,17 @@ def _gather(labels, stay, roles, biases, tensors):
             at = place[torch.searchsorted(alike, of)]
             slices[keys[k]] = index[(at * (int(index.max()) + 1) + index).argsort()].view(len(alike), -1)
         for name, dim in writes:
-            if biases.get(name) and (name, dim) in slices: slices[biases[name], 0] = slices[name, dim]
+            if (name, dim) in slices: slices.update({(of, 0): slices[name, dim] for of in biases.get(name, ())})
         name = reads[0][0].removesuffix(".weight")
-        names[name] = names.get(name, 0) + 1
         inside = {key: slices.pop(key) for key in list(slices) if key[1] == "in"}
-        groups.append(Group(name if names[name] == 1 else f"{name}#{names[name]}", slices, writes, reads, 0))
+        groups.append(Group(name, slices, writes, reads, 0))
         groups[-1].inside = inside
     order = {key[0]: i for i, key in enumerate(labels)}
-    return sorted(groups, key=lambda g: order.get(g.consumers[0][0], 0))
+    groups.sort(key=lambda g: (order.get(g.consumers[0][0], 0), int(g.slices[g.consumers[0]].min())))
+    for g in groups: # layers that read several kinds of units number them in the order of their inputs
+        names[g.name] = names.get(g.name, 0) + 1
+        if names[g.name] > 1: g.name = f"{g.name}#{names[g.name]}"
+    return groups
 
 def _first(of, index, alike): return torch.full((len(alike),), 2 ** 62).scatter_reduce_(0, torch.searchsorted(alike, of), index, "amin")
 
@@ -392,7 +405,7 @@ def _along(group, trace, others, generator):
 # %% ../../../nbs/sparsity/05_structure.ipynb #units
 def units(
     network:nn.Module, # any; runs on the CPU or a GPU, in any dtype
-    batch,             # an example input: a tensor, a dict of tensors (network(**batch)) or a tuple; its first row, and four of its tokens, are used
+    batch,             # an example input: a tensor, a dict of tensors (network(**batch)) or a tuple; its first row is used, and four of its tokens if they are enough
     generator=None,    # of the random numbers in place of activations; None: seed 0
 )->Units:              # groups of units, in the order in which their readers are called; `refused` names parameters without units of their own
     """What can be removed: neurons, channels, heads, with everything that belongs to them, found from the pattern of the Jacobian between layers.
@@ -400,12 +413,11 @@ def units(
     One forward pass without its matrix products, and backward passes through what lies between layers: about `2 log2(n)` for each kind of layer with `n` inputs. The definition is ours."""
     generator = seeded(generator)
     frozen = {p: p.requires_grad for p in network.parameters()}
-    trace, tiny = _Trace(network, generator), _tiny(batch)
     try:
         for p in frozen:
             if p.is_floating_point(): p.requires_grad_()
         with _quiet(network), torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): # the other kernels have no second derivative
-            with trace: out = _call(network, tiny)
+            trace, tiny, out = _traced(network, batch, generator)
             tensors = {n: t for n, t in (*network.named_parameters(), *network.named_buffers())}
             given = list(tiny.values()) if isinstance(tiny, dict) else tiny if isinstance(tiny, list) else [tiny]
             mixing, protected = [leaf for leaf in trace.leaves if leaf.key[1] != "norm"], []
@@ -474,7 +486,7 @@ def mask_units(
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #_own_sizes
 _SIZES = {"Linear": ("out_features", "in_features"), "Conv1D": ("nx", "nf"), "Embedding": ("num_embeddings", "embedding_dim")}
-_DOUBTFUL = {"head_dim", "attention_head_size", "key_value_proj_dim", "num_key_value_groups", "hidden_size", "embed_dim", "d_model", "rotary_dim"}
+_DOUBTFUL = {"head_dim", "attention_head_size", "key_value_proj_dim", "num_key_value_groups", "hidden_size", "embed_dim", "d_model"}
 
 def _own_sizes(module, leaf, dim, old, new):
     "What a layer says about the tensor `leaf` of its own that shrank along `dim`: attribute -> number."
@@ -492,7 +504,7 @@ def _own_sizes(module, leaf, dim, old, new):
     return said
 
 _SURE = {"inner_dim", "all_head_size", "split_size", "intermediate_size", "ffn_dim"}
-_NEVER = re.compile("idx|index|_id$|token|window|position|layer|expert|stride|padding|kernel|dilation|length|max_|label|vocab|chunk")
+_NEVER = re.compile("idx|index|_id$|token|window|position|layer|expert|stride|padding|kernel|dilation|length|max_|label|vocab|chunk|rotary|rope")
 
 def _whole(v): return isinstance(v, int) and not isinstance(v, bool)
 
@@ -854,23 +866,27 @@ def _stock(network):
     return None if left is None else config
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #_place
+_OURS = {"recipe.json", "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"}
+
 def _place(folder, fill):
     "Fill a new folder and put it in the place of `folder`: whole or not at all."
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir(): refuse("folder", str(folder), "a folder, or nothing yet")
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    old = new.with_name(f"{new.name}.old")
     try:
         fill(new)
         new.chmod(0o755)
-        if folder.is_dir(): # other files in it stay
-            for name in ("recipe.json", "model.safetensors.index.json"):
-                if not (new/name).exists(): (folder/name).unlink(missing_ok=True)
-            for path in sorted(new.iterdir(), key=lambda p: p.suffix == ".json"): os.replace(path, folder/path.name)
-            new.rmdir()
-        else: os.replace(new, folder)
+        if folder.exists(): os.replace(folder, old)
+        os.replace(new, folder)
     except BaseException:
+        if old.exists() and not folder.exists(): os.replace(old, folder)
         shutil.rmtree(new, ignore_errors=True)
         raise
+    for path in old.iterdir() if old.exists() else (): # other files stay
+        if path.name not in _OURS and not (folder/path.name).exists(): os.replace(path, folder/path.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 def _state(network):
     "Tensors to save, each once, on the CPU."
@@ -915,8 +931,28 @@ def save(
 def _module_of(kind, options):
     "A module of this kit by its name; nothing else is imported."
     path, _, name = kind.rpartition(".")
-    if not path.startswith("whatmatters."): refuse("recipe", f"a module {kind}", "modules of whatmatters only")
-    return getattr(importlib.import_module(path), name)(**options)
+    found = getattr(importlib.import_module(path), name, None) if path.startswith("whatmatters.") else None
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "recipe")): refuse("recipe", f"a module {kind}", "modules of whatmatters only")
+    return found(**options)
+
+def _read(path):
+    "What a JSON file says; settings with which transformers would fetch code are refused."
+    if not path.is_file(): refuse("folder", str(path.parent), f"a folder with {path.name}")
+    def check(said):
+        if any("/" in str(said.get(k)) for k in ("attn_implementation", "_attn_implementation")): refuse("folder", f"attention from {said.get('attn_implementation', said.get('_attn_implementation'))}", "attention of transformers itself")
+        return said
+    try: said = json.loads(path.read_text(), object_hook=check)
+    except (json.JSONDecodeError, UnicodeDecodeError): said = None
+    return said if isinstance(said, dict) else refuse("folder", f"{path.name} that is cut off or no JSON", "the files as they were saved")
+
+def _settable(owner, name, value):
+    "Refuse to write anything but numbers and words, over anything but those."
+    if name.startswith("_") or not _plain(value) or not _plain(getattr(owner, name, None)) or isinstance(getattr(type(owner), name, None), property): refuse("recipe", f"the attribute {name}", "numbers and words that a module says about itself")
+
+def _cooked(network, recipe):
+    "A fresh network, with done to it what a recipe says; one that was given stays as it is."
+    try: return _cook(network if recipe["stock"] else copy.deepcopy(network), recipe)
+    except (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError) as error: refuse("recipe", f"one that fails ({type(error).__name__}: {str(error)[:200]})", "a recipe as `save` wrote it, for this network")
 
 def _cook(network, recipe):
     "Do to a fresh network what a recipe says."
@@ -934,6 +970,7 @@ def _cook(network, recipe):
         if any(k.startswith("config.") for k in said): module.config = copy.copy(module.config)
         for k, v in said.items():
             owner, k = (module.config, k[7:]) if k.startswith("config.") else (module, k)
+            _settable(owner, k, v)
             old = getattr(owner, k, None)
             setattr(owner, k, tuple(v) if isinstance(old, tuple) and isinstance(v, list) else v)
     for n, shape in recipe["shapes"].items():
@@ -945,30 +982,31 @@ def _cook(network, recipe):
     for n, of in recipe["shared"].items():
         owner, leaf = _parent(network, n)
         source, name = _parent(network, of)
-        setattr(owner, leaf, getattr(source, name))
+        owner._parameters[leaf] = source._parameters[name]
     return network
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #load
 def load(
     folder,                      # from `save`, or any folder of a transformers model
-    network:nn.Module|None=None, # for a network that is not of transformers: a fresh one, as before anything was removed; changed in place
+    network:nn.Module|None=None, # for a network that is not of transformers: a fresh one, as before anything was removed; a copy of it is filled
 )->nn.Module:                    # in evaluation mode, on the CPU
     "Load what `save` wrote: tensors from safetensors, modules from transformers and this kit; nothing is unpickled, no code of the folder runs."
     folder = Path(folder)
     has = lambda name: (folder/name).is_file()
     if not has("model.safetensors") and not has("model.safetensors.index.json"): refuse("folder", str(folder), "a folder with model.safetensors")
-    recipe = json.loads((folder/"recipe.json").read_text()) if has("recipe.json") else None
-    if recipe is None or recipe["stock"]:
+    recipe = _read(folder/"recipe.json") if has("recipe.json") else None
+    if recipe is None or recipe.get("stock"):
         import transformers
-        kind = recipe["network"] if recipe else (json.loads((folder/"config.json").read_text()).get("architectures") or ["no class"])[0]
-        model = getattr(transformers, kind, None)
-        if model is None: refuse("folder", f"a {kind}", "a class of transformers")
-        if recipe is None: return model.from_pretrained(folder).eval()
+        config = _read(folder/"config.json")
+        kind = recipe.get("network") if recipe else (config.get("architectures") or ["no class"])[0]
+        model = getattr(transformers, str(kind), None)
+        if not (isinstance(model, type) and issubclass(model, transformers.PreTrainedModel) and model.config_class): refuse("folder", f"a {kind}", "a class of transformers")
+        if recipe is None: return model.from_pretrained(folder, use_safetensors=True).eval()
         network = model(model.config_class.from_pretrained(folder))
         if has("generation_config.json"): network.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    elif network is None: refuse("network", None, f"a fresh {recipe['network']}, which is not of transformers")
+    elif network is None: refuse("network", None, f"a fresh {recipe.get('network')}, which is not of transformers")
     if not has("model.safetensors"): refuse("folder", str(folder), "a folder with model.safetensors")
-    state, network = load_file(folder/"model.safetensors"), _cook(network, recipe)
+    state, network = load_file(folder/"model.safetensors"), _cooked(network, recipe)
     wanted, missing = network.state_dict(keep_vars=True), {}
     there = {id(wanted[n]) for n in state if n in wanted}
     bad = [n for n in state if n not in wanted or wanted[n].shape != state[n].shape] + [n for n, t in wanted.items() if id(t) not in there]
