@@ -416,3 +416,60 @@ def test_the_same_generator_gives_the_same_units_and_any_gives_the_same_groups()
     first = S.units(network, IDS)
     for seed in (1, 2):
         for a, b in zip(first, S.units(network, IDS, seed)): assert a.name == b.name and all(torch.equal(a.slices[k], b.slices[k]) for k in a.slices)
+
+
+def test_operations_in_place():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.out = nn.Linear(7, 12), nn.Linear(12, 9), nn.Linear(9, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            h = self.a(x)
+            y = self.b(h)
+            h += self.c(torch.nn.functional.relu(y, inplace=True))
+            return self.out(h.relu_())
+    torch.manual_seed(0)
+    network, x = InPlace(), torch.randn(20, 7)
+    groups = S.units(network, x[:2])
+    assert {g.name: sorted(n for n, _ in g.slices) for g in groups} == {"b": ["a.bias", "a.weight", "b.weight", "c.bias", "c.weight", "out.weight"], "c": ["b.bias", "b.weight", "c.weight"]}
+    with S.mask_units(network, groups, kept := random_masks(groups)): masked = network(x)
+    torch.testing.assert_close(S.shrink(network, groups, kept, x[:2])(x), masked)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_products_that_are_written_out(wide, tmp_path):
+    "Falcon multiplies with `weight.T`, adds in place, and has attention and feed-forward side by side."
+    torch.manual_seed(0)
+    network = T.FalconForCausalLM(T.FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=44, bias=False, initializer_range=.3, **dict(new_decoder_architecture=True, num_kv_heads=2) if wide else dict(multi_query=True, parallel_attn=True))).eval()
+    groups = S.units(network, IDS)
+    free, others = S.removable(network, groups, IDS), torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(9))
+    assert {f"transformer.h.{i}.mlp.dense_4h_to_h" for i in (0, 1)} <= {g.name for g in free} and not groups.refused
+    with S.mask_units(network, free, kept := random_masks(free)): masked = outputs(network, others)
+    torch.testing.assert_close(outputs(S.shrink(network, free, kept, IDS), others), masked, rtol=1e-5, atol=1e-5 * float(masked.abs().max().clamp_min(1)))
+    S.save(network, tmp_path/"model")
+    assert torch.equal(outputs(S.load(tmp_path/"model"), others), outputs(network, others))
+
+
+def test_a_matrix_that_is_also_used_turned_over():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.p, self.out = nn.Linear(7, 12), nn.Parameter(torch.randn(7, 9)), nn.Linear(9, 5)
+
+        def forward(self, x): return self.out(torch.relu(torch.nn.functional.linear(torch.relu(self.a(x)), self.a.weight.T) @ self.p))
+    torch.manual_seed(0)
+    network, x = Tied(), torch.randn(20, 7)
+    groups = S.units(network, x[:2])
+    assert [(g.name, len(g)) for g in groups] == [("a", 12), ("out", 9)]
+    with S.mask_units(network, groups, kept := random_masks(groups)): masked = network(x)
+    torch.testing.assert_close(S.shrink(network, groups, kept, x[:2])(x), masked)
+    assert network.p.shape == (7, 5) or network.p.shape == (7, 4)
+
+
+def test_what_a_tokenizer_returns():
+    network, batch = make("llama"), T.BatchEncoding(dict(input_ids=IDS, attention_mask=torch.ones_like(IDS)))
+    groups = S.units(network, batch)
+    assert [len(g) for g in groups] == [2, 44] * 2
+    S.shrink(network, groups, random_masks(groups), batch)
+    assert network.config.intermediate_size == 44 and network.model.layers[0].mlp.up_proj.out_features == 22

@@ -84,6 +84,7 @@ class Units(list):
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #_Leaf
 _CONVOLUTIONS = {getattr(torch, f"conv{n}d"): n for n in (1, 2, 3)}
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 class _Leaf:
     "One call of a mixing layer: random numbers in place of its output."
@@ -104,25 +105,26 @@ class _Trace(TorchFunctionMode):
         draw = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=torch.float32)
         leaf = _Leaf(key, draw.to(like.device, like.dtype).requires_grad_(), axis)
         self.leaves.append(leaf)
-        return leaf.tensor
+        return leaf.tensor.clone() # may be written over
 
     def reads(self, key, x, axis, width=None):
         "A layer reads `x` along `axis`; layers that read one tensor share what is found."
         if width is not None and x.shape[axis] != width: raise RuntimeError(f"{key[0]} reads {width} channels, and was given {x.shape[axis]}")
         self.kept.append(x) # held, so that no address comes twice
-        self.inputs.setdefault((id(x), axis % x.ndim), (x, axis, []))[2].append(key)
+        at = id(x), x._version, axis % x.ndim
+        if at not in self.inputs: self.inputs[at] = x.clone(), axis, [] # as it is now: what follows may write over it
+        self.inputs[at][2].append(key)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         at = lambda i, name, default=None: args[i] if len(args) > i else kwargs.get(name, default)
-        if func is nn.functional.linear and (name := self.names.get(id(at(1, "weight")))):
-            x, w = at(0, "input"), at(1, "weight")
-            self.reads((name, 1), x, -1, w.shape[1])
-            return self.answer(name, 0, (*x.shape[:-1], w.shape[0]), w, -1, at(2, "bias"))
-        if func is torch.addmm and (name := self.names.get(id(at(2, "mat2")))): # transformers' Conv1D
-            x, w = at(1, "mat1"), at(2, "mat2")
-            self.reads((name, 0), x, -1, w.shape[0])
-            return self.answer(name, 1, (*x.shape[:-1], w.shape[1]), w, -1, at(0, "input"))
+        if func is nn.functional.linear: product = at(0, "input"), at(1, "weight"), 1, at(2, "bias")
+        elif func is torch.addmm: product = at(1, "mat1"), at(2, "mat2"), 0, at(0, "input") # transformers' Conv1D
+        else: product = (at(0, "self"), at(1, "other"), 0, None) if func in _PRODUCTS else None
+        if product and isinstance(product[1], Tensor) and (found := self.named(product[1])):
+            (x, w, dim, bias), (name, turned) = product, found
+            self.reads((name, dim ^ turned), x, -1, w.shape[dim])
+            return self.answer(name, 1 - (dim ^ turned), (*x.shape[:-1], w.shape[1 - dim]), w, -1, bias)
         if func is nn.functional.embedding and (name := self.names.get(id(at(1, "weight")))):
             w = at(1, "weight")
             return self.answer(name, 1, (*at(0, "input").shape, w.shape[1]), w, -1, None)
@@ -140,6 +142,12 @@ class _Trace(TorchFunctionMode):
             return x * self.leaf((name.rpartition(".")[0], "norm"), shape, x, 1)
         return func(*args, **kwargs)
 
+    def named(self, w):
+        "Name of a matrix, and whether it is turned over."
+        of = w._base
+        if name := self.names.get(id(w)): return (name, 0) if w.ndim == 2 else None
+        return (name, 1) if of is not None and w.ndim == of.ndim == 2 and w.shape == of.shape[::-1] and w.stride() == of.stride()[::-1] and (name := self.names.get(id(of))) else None
+
     def answer(self, name, dim, shape, weight, axis, bias):
         if bias is not None and (of := self.names.get(id(bias))): self.biases.setdefault(name, []).append(of) # several where layers share a weight
         return self.leaf((name, dim), shape, weight, axis)
@@ -151,7 +159,7 @@ def _tensors(out):
     if isinstance(out, dict): return [t for k, v in out.items() if "past_key_values" not in k for t in _tensors(v)]
     return [t for v in out for t in _tensors(v)] if isinstance(out, (list, tuple)) else []
 
-def _call(network, batch): return network(**batch) if isinstance(batch, dict) else network(*batch) if isinstance(batch, (list, tuple)) else network(batch)
+def _call(network, batch): return network(**batch) if hasattr(batch, "keys") else network(*batch) if isinstance(batch, (list, tuple)) else network(batch)
 
 def _tiny(batch, tokens):
     "The first row of a batch, a few tokens of it, several times: enough positions for every channel to be alive somewhere."
@@ -359,7 +367,7 @@ def _gather(labels, stay, roles, biases, tensors):
         slices, order = {}, None
         for k in sorted(own, key=lambda k: keys[k] not in reads):
             of, _, index = mine[:, mine[1] == k]
-            if order is None: order = torch.stack([index[of == c].min() for c in alike]).argsort() if len(alike) < 64 else _first(of, index, alike).argsort()
+            if order is None: order = torch.full((len(alike),), 2 ** 62).scatter_reduce_(0, torch.searchsorted(alike, of), index, "amin").argsort() # by the first channel
             place = torch.empty_like(order)
             place[order] = torch.arange(len(order))
             at = place[torch.searchsorted(alike, of)]
@@ -376,8 +384,6 @@ def _gather(labels, stay, roles, biases, tensors):
         names[g.name] = names.get(g.name, 0) + 1
         if names[g.name] > 1: g.name = f"{g.name}#{names[g.name]}"
     return groups
-
-def _first(of, index, alike): return torch.full((len(alike),), 2 ** 62).scatter_reduce_(0, torch.searchsorted(alike, of), index, "amin")
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #_along
 def _along(group, trace, others, generator):
