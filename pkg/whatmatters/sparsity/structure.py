@@ -93,6 +93,7 @@ class _Leaf:
 
 def _touched(g, axis): return (g != 0).movedim(axis, -1).reshape(-1, g.shape[axis]).any(0) # NaN counts
 
+# %% ../../../nbs/sparsity/05_structure.ipynb #_Trace
 class _Trace(TorchFunctionMode):
     "Watches a forward pass in which mixing layers return leaves."
     def __init__(self, network, generator):
