@@ -254,17 +254,129 @@ def test_a_broken_save_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(S, "save_file", broken)
     with pytest.raises(OSError, match="no space"): S.save(network, tmp_path/"model")
     with pytest.raises(OSError, match="no space"): S.save(network, tmp_path/"new")
+    monkeypatch.undo()
+    real, moves = S.os.replace, []
+    def stumbling(a, b):
+        moves.append(1)
+        if len(moves) == at: raise OSError("pulled out")
+        real(a, b)
+    monkeypatch.setattr(S.os, "replace", stumbling)
+    for at in (1, 2): # between the files, so to say
+        del moves[:]
+        with pytest.raises(OSError, match="pulled out"): S.save(network, tmp_path/"model")
+        assert {p.name: p.read_bytes() for p in (tmp_path/"model").iterdir()} == before
+    monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in (tmp_path/"model").iterdir()} == before and [p.name for p in tmp_path.iterdir()] == ["model"]
+    (tmp_path/"model/notes.txt").write_text("mine")
+    assert S.save(network, tmp_path/"model") == "recipe" and (tmp_path/"model/notes.txt").read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["model"]
+    (tmp_path/"file").write_text("mine")
+    with pytest.raises(ValueError, match="folder: got .*file; want a folder"): S.save(network, tmp_path/"file")
 
 
 def test_recipes_run_no_code_of_others(tmp_path):
     network = make("llama")
     S.save(S.remove_attention(network, 0), tmp_path/"model")
     path = tmp_path/"model/recipe.json"
-    path.write_text(path.read_text().replace("whatmatters.sparsity.structure.NoAttention", "os.system"))
-    with pytest.raises(ValueError, match="recipe: got a module os.system"): S.load(tmp_path/"model")
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    whole = path.read_text()
+    for kind in ("os.system", "whatmatters.sparsity.structure.load", "whatmatters.sparsity.structure.Path", "whatmatters.nothing.NoAttention"):
+        path.write_text(whole.replace("whatmatters.sparsity.structure.NoAttention", kind))
+        with pytest.raises(ValueError, match="recipe: got "): S.load(tmp_path/"model")
+    path.write_text(whole.replace('"format": 1', '"format": 2'))
     with pytest.raises(ValueError, match="recipe: got format 2"): S.load(tmp_path/"model")
+
+
+def test_recipes_that_were_tampered_with_or_cut_off_are_refused(tmp_path):
+    network = S.remove_attention(make("llama"), 0)
+    S.save(network, folder := tmp_path/"model")
+    path = folder/"recipe.json"
+    whole, recipe = path.read_text(), json.loads(path.read_text())
+    for text in (whole[:len(whole) // 2], "[]", *(json.dumps({k: v for k, v in recipe.items() if k != gone}) for gone in recipe),
+                 *(json.dumps({**recipe, **change}) for change in (dict(network="pipeline"), dict(network="PreTrainedModel"), dict(drop=["../x"]), dict(shared={"lm_head.weight": "forward"}), dict(shapes={"lm_head.weight": [3, 3]}),
+                   dict(attributes={"": {"forward": 1}}), dict(attributes={"": {"__class__": 1}}), dict(attributes={"lm_head": {"_parameters": 1}}), dict(attributes={"nothing": {"a": 1}}), dict(attributes={"": {"config._attn_implementation": "a/b"}}),
+                   dict(modules={"model.layers.0.self_attn": dict(kind="whatmatters.sparsity.structure.NoAttention", options=dict(surprise=1))})))):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="^(recipe|folder|network): got"): S.load(folder)
+    path.write_text(whole)
+    assert torch.equal(outputs(S.load(folder), IDS), outputs(network, IDS))
+    said = (folder/"config.json").read_text()
+    (folder/"config.json").write_text(json.dumps({**json.loads(said), "attn_implementation": "somebody/kernels"}))
+    with pytest.raises(ValueError, match="folder: got attention from somebody/kernels"): S.load(folder)
+    (folder/"config.json").unlink()
+    with pytest.raises(ValueError, match="want a folder with config.json"): S.load(folder)
+
+
+def test_a_network_that_does_not_fit_a_recipe_is_as_it_was(tmp_path):
+    fresh = lambda width: nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
+    network = fresh(6)
+    S.shrink(network, groups := S.units(network, torch.randn(2, 3)), random_masks(groups), torch.randn(2, 3))
+    S.save(network, tmp_path/"model")
+    other = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2, bias=False))
+    before = {n: p.clone() for n, p in other.named_parameters()}
+    with pytest.raises(ValueError, match="^(folder|recipe): got"): S.load(tmp_path/"model", other)
+    assert other[0].out_features == 6 and all(torch.equal(p, before[n]) for n, p in other.named_parameters())
+
+
+class Words(nn.Module):
+    "A classifier of six tokens: by convolutions longer than four of them, or by all at once."
+    def __init__(self, flat):
+        super().__init__()
+        self.flat, self.embedding, self.mix, self.hidden, self.out = flat, nn.Embedding(96, 12), nn.Linear(72, 10) if flat else nn.Conv1d(12, 10, 5), nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        return self.out(torch.relu(self.hidden(torch.relu(self.mix(x.flatten(1)) if self.flat else self.mix(x.mT).amax(-1)))))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_networks_that_want_more_than_four_tokens(flat):
+    torch.manual_seed(0)
+    network = Words(flat)
+    groups = S.units(network, IDS)
+    assert [len(g) for g in groups] == [12, 10, 8] and groups["mix"].slices["mix.weight", 1].shape == (12, 6 if flat else 1)
+    kept, others = random_masks(groups), torch.randint(96, (5, 6), generator=torch.Generator().manual_seed(9))
+    with S.mask_units(network, groups, kept): masked = network(others)
+    torch.testing.assert_close(S.shrink(network, groups, kept, IDS)(others), masked)
+
+
+class OneWeight(nn.Module):
+    "Two layers with one weight and a bias each."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(7, 12), nn.Linear(7, 12), nn.Linear(12, 5), nn.Linear(12, 5)
+        self.b.weight = self.a.weight
+
+    def forward(self, x): return self.c(torch.relu(self.a(x))) + self.d(torch.relu(self.b(x.flip(-1))))
+
+
+def test_layers_that_share_a_weight_are_one_group_with_all_their_biases():
+    torch.manual_seed(0)
+    network, x = OneWeight(), torch.randn(5, 7)
+    group, = groups = S.units(network, x[:2])
+    assert {n for n, _ in group.slices} == {"a.weight", "a.bias", "b.bias", "c.weight", "d.weight"}
+    with S.mask_units(network, groups, kept := random_masks(groups)): masked = network(x)
+    torch.testing.assert_close(S.shrink(network, groups, kept, x[:2])(x), masked)
+    assert network.b.weight is network.a.weight and network.b.out_features == 6
+
+
+def test_heads_of_partial_rotary_embeddings():
+    torch.manual_seed(0)
+    network = T.PhiForCausalLM(T.PhiConfig(**SMALL)).eval()  # as in Phi-2, as many heads as dimensions are rotated
+    groups = S.units(network, IDS)
+    assert network.model.layers[0].self_attn.rotary_ndims == 4 == len(groups[0]) and not S.removable(network, groups, IDS).refused
+    others = torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(9))
+    with S.mask_units(network, groups, kept := random_masks(groups)): masked = outputs(network, others)
+    torch.testing.assert_close(outputs(S.shrink(network, groups, kept, IDS), others), masked)
+
+
+def test_inputs_of_several_kinds_are_numbered_in_their_order():
+    class Columns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.columns, self.out = nn.ModuleList(nn.Embedding(96, 4) for _ in range(6)), nn.Linear(24, 3)
+
+        def forward(self, x): return self.out(torch.cat([c(x[:, i]) for i, c in enumerate(self.columns)], -1))
+    groups = S.units(Columns(), IDS)
+    assert [g.name for g in groups] == ["out", *(f"out#{i}" for i in range(2, 7))] and [g.producers[0][0] for g in groups] == [f"columns.{i}.weight" for i in range(6)]
 
 
 def test_bad_input_leaves_the_network_alone():
@@ -304,3 +416,60 @@ def test_the_same_generator_gives_the_same_units_and_any_gives_the_same_groups()
     first = S.units(network, IDS)
     for seed in (1, 2):
         for a, b in zip(first, S.units(network, IDS, seed)): assert a.name == b.name and all(torch.equal(a.slices[k], b.slices[k]) for k in a.slices)
+
+
+def test_operations_in_place():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.out = nn.Linear(7, 12), nn.Linear(12, 9), nn.Linear(9, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            h = self.a(x)
+            y = self.b(h)
+            h += self.c(torch.nn.functional.relu(y, inplace=True))
+            return self.out(h.relu_())
+    torch.manual_seed(0)
+    network, x = InPlace(), torch.randn(20, 7)
+    groups = S.units(network, x[:2])
+    assert {g.name: sorted(n for n, _ in g.slices) for g in groups} == {"b": ["a.bias", "a.weight", "b.weight", "c.bias", "c.weight", "out.weight"], "c": ["b.bias", "b.weight", "c.weight"]}
+    with S.mask_units(network, groups, kept := random_masks(groups)): masked = network(x)
+    torch.testing.assert_close(S.shrink(network, groups, kept, x[:2])(x), masked)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_products_that_are_written_out(wide, tmp_path):
+    "Falcon multiplies with `weight.T`, adds in place, and has attention and feed-forward side by side."
+    torch.manual_seed(0)
+    network = T.FalconForCausalLM(T.FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=44, bias=False, initializer_range=.3, **dict(new_decoder_architecture=True, num_kv_heads=2) if wide else dict(multi_query=True, parallel_attn=True))).eval()
+    groups = S.units(network, IDS)
+    free, others = S.removable(network, groups, IDS), torch.randint(3, 96, (3, 11), generator=torch.Generator().manual_seed(9))
+    assert {f"transformer.h.{i}.mlp.dense_4h_to_h" for i in (0, 1)} <= {g.name for g in free} and not groups.refused
+    with S.mask_units(network, free, kept := random_masks(free)): masked = outputs(network, others)
+    torch.testing.assert_close(outputs(S.shrink(network, free, kept, IDS), others), masked, rtol=1e-5, atol=1e-5 * float(masked.abs().max().clamp_min(1)))
+    S.save(network, tmp_path/"model")
+    assert torch.equal(outputs(S.load(tmp_path/"model"), others), outputs(network, others))
+
+
+def test_a_matrix_that_is_also_used_turned_over():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.p, self.out = nn.Linear(7, 12), nn.Parameter(torch.randn(7, 9)), nn.Linear(9, 5)
+
+        def forward(self, x): return self.out(torch.relu(torch.nn.functional.linear(torch.relu(self.a(x)), self.a.weight.T) @ self.p))
+    torch.manual_seed(0)
+    network, x = Tied(), torch.randn(20, 7)
+    groups = S.units(network, x[:2])
+    assert [(g.name, len(g)) for g in groups] == [("a", 12), ("out", 9)]
+    with S.mask_units(network, groups, kept := random_masks(groups)): masked = network(x)
+    torch.testing.assert_close(S.shrink(network, groups, kept, x[:2])(x), masked)
+    assert network.p.shape == (7, 5) or network.p.shape == (7, 4)
+
+
+def test_what_a_tokenizer_returns():
+    network, batch = make("llama"), T.BatchEncoding(dict(input_ids=IDS, attention_mask=torch.ones_like(IDS)))
+    groups = S.units(network, batch)
+    assert [len(g) for g in groups] == [2, 44] * 2
+    S.shrink(network, groups, random_masks(groups), batch)
+    assert network.config.intermediate_size == 44 and network.model.layers[0].mlp.up_proj.out_features == 22

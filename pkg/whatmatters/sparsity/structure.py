@@ -84,6 +84,7 @@ class Units(list):
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #_Leaf
 _CONVOLUTIONS = {getattr(torch, f"conv{n}d"): n for n in (1, 2, 3)}
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 class _Leaf:
     "One call of a mixing layer: random numbers in place of its output."
@@ -92,6 +93,7 @@ class _Leaf:
 
 def _touched(g, axis): return (g != 0).movedim(axis, -1).reshape(-1, g.shape[axis]).any(0) # NaN counts
 
+# %% ../../../nbs/sparsity/05_structure.ipynb #_Trace
 class _Trace(TorchFunctionMode):
     "Watches a forward pass in which mixing layers return leaves."
     def __init__(self, network, generator):
@@ -104,24 +106,26 @@ class _Trace(TorchFunctionMode):
         draw = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=torch.float32)
         leaf = _Leaf(key, draw.to(like.device, like.dtype).requires_grad_(), axis)
         self.leaves.append(leaf)
-        return leaf.tensor
+        return leaf.tensor.clone() # may be written over
 
-    def reads(self, key, x, axis):
+    def reads(self, key, x, axis, width=None):
         "A layer reads `x` along `axis`; layers that read one tensor share what is found."
+        if width is not None and x.shape[axis] != width: raise RuntimeError(f"{key[0]} reads {width} channels, and was given {x.shape[axis]}")
         self.kept.append(x) # held, so that no address comes twice
-        self.inputs.setdefault((id(x), axis % x.ndim), (x, axis, []))[2].append(key)
+        at = id(x), x._version, axis % x.ndim
+        if at not in self.inputs: self.inputs[at] = x.clone(), axis, [] # as it is now: what follows may write over it
+        self.inputs[at][2].append(key)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         at = lambda i, name, default=None: args[i] if len(args) > i else kwargs.get(name, default)
-        if func is nn.functional.linear and (name := self.names.get(id(at(1, "weight")))):
-            x, w = at(0, "input"), at(1, "weight")
-            self.reads((name, 1), x, -1)
-            return self.answer(name, 0, (*x.shape[:-1], w.shape[0]), w, -1, at(2, "bias"))
-        if func is torch.addmm and (name := self.names.get(id(at(2, "mat2")))): # transformers' Conv1D
-            x, w = at(1, "mat1"), at(2, "mat2")
-            self.reads((name, 0), x, -1)
-            return self.answer(name, 1, (*x.shape[:-1], w.shape[1]), w, -1, at(0, "input"))
+        if func is nn.functional.linear: product = at(0, "input"), at(1, "weight"), 1, at(2, "bias")
+        elif func is torch.addmm: product = at(1, "mat1"), at(2, "mat2"), 0, at(0, "input") # transformers' Conv1D
+        else: product = (at(0, "self"), at(1, "other"), 0, None) if func in _PRODUCTS else None
+        if product and isinstance(product[1], Tensor) and (found := self.named(product[1])):
+            (x, w, dim, bias), (name, turned) = product, found
+            self.reads((name, dim ^ turned), x, -1, w.shape[dim])
+            return self.answer(name, 1 - (dim ^ turned), (*x.shape[:-1], w.shape[1 - dim]), w, -1, bias)
         if func is nn.functional.embedding and (name := self.names.get(id(at(1, "weight")))):
             w = at(1, "weight")
             return self.answer(name, 1, (*at(0, "input").shape, w.shape[1]), w, -1, None)
@@ -139,8 +143,14 @@ class _Trace(TorchFunctionMode):
             return x * self.leaf((name.rpartition(".")[0], "norm"), shape, x, 1)
         return func(*args, **kwargs)
 
+    def named(self, w):
+        "Name of a matrix, and whether it is turned over."
+        of = w._base
+        if name := self.names.get(id(w)): return (name, 0) if w.ndim == 2 else None
+        return (name, 1) if of is not None and w.ndim == of.ndim == 2 and w.shape == of.shape[::-1] and w.stride() == of.stride()[::-1] and (name := self.names.get(id(of))) else None
+
     def answer(self, name, dim, shape, weight, axis, bias):
-        if bias is not None: self.biases[name] = self.names.get(id(bias))
+        if bias is not None and (of := self.names.get(id(bias))): self.biases.setdefault(name, []).append(of) # several where layers share a weight
         return self.leaf((name, dim), shape, weight, axis)
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #_tensors
@@ -150,12 +160,12 @@ def _tensors(out):
     if isinstance(out, dict): return [t for k, v in out.items() if "past_key_values" not in k for t in _tensors(v)]
     return [t for v in out for t in _tensors(v)] if isinstance(out, (list, tuple)) else []
 
-def _call(network, batch): return network(**batch) if isinstance(batch, dict) else network(*batch) if isinstance(batch, (list, tuple)) else network(batch)
+def _call(network, batch): return network(**batch) if hasattr(batch, "keys") else network(*batch) if isinstance(batch, (list, tuple)) else network(batch)
 
-def _tiny(batch, tokens=4):
+def _tiny(batch, tokens):
     "The first row of a batch, a few tokens of it, several times: enough positions for every channel to be alive somewhere."
-    if isinstance(batch, Tensor): return _tiny({"": batch})[""]
-    if isinstance(batch, (list, tuple)): return list(_tiny(dict(zip(map(str, range(len(batch))), batch))).values())
+    if isinstance(batch, Tensor): return _tiny({"": batch}, tokens)[""]
+    if isinstance(batch, (list, tuple)): return list(_tiny(dict(zip(map(str, range(len(batch))), batch)), tokens).values())
     given = {n: t for n, t in batch.items() if isinstance(t, Tensor) and t.ndim}
     if not given or any(not len(t) for t in given.values()): refuse("batch", f"{len(given)} tensors with rows", "at least one row")
     rows, cut = max(64 if t.ndim <= 2 and t.is_floating_point() else 8 if t[0].numel() < 2 ** 14 else 2 for t in given.values()), dict(batch)
@@ -163,6 +173,15 @@ def _tiny(batch, tokens=4):
         t = (t[:1, :tokens] if t.ndim == 2 and not t.is_floating_point() else t[:1]).repeat_interleave(rows, 0).detach().clone()
         cut[name] = torch.ones_like(t) if name.endswith("attention_mask") else t.requires_grad_() if t.is_floating_point() else t
     return cut
+
+def _traced(network, batch, generator):
+    "A pass over a few tokens, or over all of them where a network wants more."
+    for tokens in (4, None):
+        trace, tiny = _Trace(network, generator), _tiny(batch, tokens)
+        try:
+            with trace: return trace, tiny, _call(network, tiny)
+        except (RuntimeError, IndexError, ValueError, AssertionError):
+            if tokens is None: raise
 
 @contextlib.contextmanager
 def _quiet(network):
@@ -340,7 +359,7 @@ def _gather(labels, stay, roles, biases, tensors):
     components, inverse = torch.unique(pairs[0], return_inverse=True)
     looks = torch.zeros(len(components), dtype=torch.long).index_add_(0, inverse, code[pairs[1], counts]) # alike: the same tensors, as many channels of each
     groups, names = [], {}
-    for look in torch.unique(looks):
+    for look in dict.fromkeys(looks.tolist()):
         alike = components[looks == look]
         mine = rows[:, torch.isin(rows[0], alike)]
         own = [k for k in range(len(keys)) if (mine[1] == k).any()]
@@ -349,22 +368,23 @@ def _gather(labels, stay, roles, biases, tensors):
         slices, order = {}, None
         for k in sorted(own, key=lambda k: keys[k] not in reads):
             of, _, index = mine[:, mine[1] == k]
-            if order is None: order = torch.stack([index[of == c].min() for c in alike]).argsort() if len(alike) < 64 else _first(of, index, alike).argsort()
+            if order is None: order = torch.full((len(alike),), 2 ** 62).scatter_reduce_(0, torch.searchsorted(alike, of), index, "amin").argsort() # by the first channel
             place = torch.empty_like(order)
             place[order] = torch.arange(len(order))
             at = place[torch.searchsorted(alike, of)]
             slices[keys[k]] = index[(at * (int(index.max()) + 1) + index).argsort()].view(len(alike), -1)
         for name, dim in writes:
-            if biases.get(name) and (name, dim) in slices: slices[biases[name], 0] = slices[name, dim]
+            if (name, dim) in slices: slices.update({(of, 0): slices[name, dim] for of in biases.get(name, ())})
         name = reads[0][0].removesuffix(".weight")
-        names[name] = names.get(name, 0) + 1
         inside = {key: slices.pop(key) for key in list(slices) if key[1] == "in"}
-        groups.append(Group(name if names[name] == 1 else f"{name}#{names[name]}", slices, writes, reads, 0))
+        groups.append(Group(name, slices, writes, reads, 0))
         groups[-1].inside = inside
     order = {key[0]: i for i, key in enumerate(labels)}
-    return sorted(groups, key=lambda g: order.get(g.consumers[0][0], 0))
-
-def _first(of, index, alike): return torch.full((len(alike),), 2 ** 62).scatter_reduce_(0, torch.searchsorted(alike, of), index, "amin")
+    groups.sort(key=lambda g: (order.get(g.consumers[0][0], 0), int(g.slices[g.consumers[0]].min())))
+    for g in groups: # layers that read several kinds of units number them in the order of their inputs
+        names[g.name] = names.get(g.name, 0) + 1
+        if names[g.name] > 1: g.name = f"{g.name}#{names[g.name]}"
+    return groups
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #_along
 def _along(group, trace, others, generator):
@@ -392,7 +412,7 @@ def _along(group, trace, others, generator):
 # %% ../../../nbs/sparsity/05_structure.ipynb #units
 def units(
     network:nn.Module, # any; runs on the CPU or a GPU, in any dtype
-    batch,             # an example input: a tensor, a dict of tensors (network(**batch)) or a tuple; its first row, and four of its tokens, are used
+    batch,             # an example input: a tensor, a dict of tensors (network(**batch)) or a tuple; its first row is used, and four of its tokens if they are enough
     generator=None,    # of the random numbers in place of activations; None: seed 0
 )->Units:              # groups of units, in the order in which their readers are called; `refused` names parameters without units of their own
     """What can be removed: neurons, channels, heads, with everything that belongs to them, found from the pattern of the Jacobian between layers.
@@ -400,12 +420,11 @@ def units(
     One forward pass without its matrix products, and backward passes through what lies between layers: about `2 log2(n)` for each kind of layer with `n` inputs. The definition is ours."""
     generator = seeded(generator)
     frozen = {p: p.requires_grad for p in network.parameters()}
-    trace, tiny = _Trace(network, generator), _tiny(batch)
     try:
         for p in frozen:
             if p.is_floating_point(): p.requires_grad_()
         with _quiet(network), torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): # the other kernels have no second derivative
-            with trace: out = _call(network, tiny)
+            trace, tiny, out = _traced(network, batch, generator)
             tensors = {n: t for n, t in (*network.named_parameters(), *network.named_buffers())}
             given = list(tiny.values()) if isinstance(tiny, dict) else tiny if isinstance(tiny, list) else [tiny]
             mixing, protected = [leaf for leaf in trace.leaves if leaf.key[1] != "norm"], []
@@ -474,7 +493,7 @@ def mask_units(
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #_own_sizes
 _SIZES = {"Linear": ("out_features", "in_features"), "Conv1D": ("nx", "nf"), "Embedding": ("num_embeddings", "embedding_dim")}
-_DOUBTFUL = {"head_dim", "attention_head_size", "key_value_proj_dim", "num_key_value_groups", "hidden_size", "embed_dim", "d_model", "rotary_dim"}
+_DOUBTFUL = {"head_dim", "attention_head_size", "key_value_proj_dim", "num_key_value_groups", "hidden_size", "embed_dim", "d_model"}
 
 def _own_sizes(module, leaf, dim, old, new):
     "What a layer says about the tensor `leaf` of its own that shrank along `dim`: attribute -> number."
@@ -492,7 +511,7 @@ def _own_sizes(module, leaf, dim, old, new):
     return said
 
 _SURE = {"inner_dim", "all_head_size", "split_size", "intermediate_size", "ffn_dim"}
-_NEVER = re.compile("idx|index|_id$|token|window|position|layer|expert|stride|padding|kernel|dilation|length|max_|label|vocab|chunk")
+_NEVER = re.compile("idx|index|_id$|token|window|position|layer|expert|stride|padding|kernel|dilation|length|max_|label|vocab|chunk|rotary|rope")
 
 def _whole(v): return isinstance(v, int) and not isinstance(v, bool)
 
@@ -854,23 +873,27 @@ def _stock(network):
     return None if left is None else config
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #_place
+_OURS = {"recipe.json", "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"}
+
 def _place(folder, fill):
     "Fill a new folder and put it in the place of `folder`: whole or not at all."
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir(): refuse("folder", str(folder), "a folder, or nothing yet")
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    old = new.with_name(f"{new.name}.old")
     try:
         fill(new)
         new.chmod(0o755)
-        if folder.is_dir(): # other files in it stay
-            for name in ("recipe.json", "model.safetensors.index.json"):
-                if not (new/name).exists(): (folder/name).unlink(missing_ok=True)
-            for path in sorted(new.iterdir(), key=lambda p: p.suffix == ".json"): os.replace(path, folder/path.name)
-            new.rmdir()
-        else: os.replace(new, folder)
+        if folder.exists(): os.replace(folder, old)
+        os.replace(new, folder)
     except BaseException:
+        if old.exists() and not folder.exists(): os.replace(old, folder)
         shutil.rmtree(new, ignore_errors=True)
         raise
+    for path in old.iterdir() if old.exists() else (): # other files stay
+        if path.name not in _OURS and not (folder/path.name).exists(): os.replace(path, folder/path.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 def _state(network):
     "Tensors to save, each once, on the CPU."
@@ -915,8 +938,28 @@ def save(
 def _module_of(kind, options):
     "A module of this kit by its name; nothing else is imported."
     path, _, name = kind.rpartition(".")
-    if not path.startswith("whatmatters."): refuse("recipe", f"a module {kind}", "modules of whatmatters only")
-    return getattr(importlib.import_module(path), name)(**options)
+    found = getattr(importlib.import_module(path), name, None) if path.startswith("whatmatters.") else None
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and hasattr(found, "recipe")): refuse("recipe", f"a module {kind}", "modules of whatmatters only")
+    return found(**options)
+
+def _read(path):
+    "What a JSON file says; settings with which transformers would fetch code are refused."
+    if not path.is_file(): refuse("folder", str(path.parent), f"a folder with {path.name}")
+    def check(said):
+        if any("/" in str(said.get(k)) for k in ("attn_implementation", "_attn_implementation")): refuse("folder", f"attention from {said.get('attn_implementation', said.get('_attn_implementation'))}", "attention of transformers itself")
+        return said
+    try: said = json.loads(path.read_text(), object_hook=check)
+    except (json.JSONDecodeError, UnicodeDecodeError): said = None
+    return said if isinstance(said, dict) else refuse("folder", f"{path.name} that is cut off or no JSON", "the files as they were saved")
+
+def _settable(owner, name, value):
+    "Refuse to write anything but numbers and words, over anything but those."
+    if name.startswith("_") or not _plain(value) or not _plain(getattr(owner, name, None)) or isinstance(getattr(type(owner), name, None), property): refuse("recipe", f"the attribute {name}", "numbers and words that a module says about itself")
+
+def _cooked(network, recipe):
+    "A fresh network, with done to it what a recipe says; one that was given stays as it is."
+    try: return _cook(network if recipe["stock"] else copy.deepcopy(network), recipe)
+    except (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError) as error: refuse("recipe", f"one that fails ({type(error).__name__}: {str(error)[:200]})", "a recipe as `save` wrote it, for this network")
 
 def _cook(network, recipe):
     "Do to a fresh network what a recipe says."
@@ -934,6 +977,7 @@ def _cook(network, recipe):
         if any(k.startswith("config.") for k in said): module.config = copy.copy(module.config)
         for k, v in said.items():
             owner, k = (module.config, k[7:]) if k.startswith("config.") else (module, k)
+            _settable(owner, k, v)
             old = getattr(owner, k, None)
             setattr(owner, k, tuple(v) if isinstance(old, tuple) and isinstance(v, list) else v)
     for n, shape in recipe["shapes"].items():
@@ -945,30 +989,31 @@ def _cook(network, recipe):
     for n, of in recipe["shared"].items():
         owner, leaf = _parent(network, n)
         source, name = _parent(network, of)
-        setattr(owner, leaf, getattr(source, name))
+        owner._parameters[leaf] = source._parameters[name]
     return network
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #load
 def load(
     folder,                      # from `save`, or any folder of a transformers model
-    network:nn.Module|None=None, # for a network that is not of transformers: a fresh one, as before anything was removed; changed in place
+    network:nn.Module|None=None, # for a network that is not of transformers: a fresh one, as before anything was removed; a copy of it is filled
 )->nn.Module:                    # in evaluation mode, on the CPU
     "Load what `save` wrote: tensors from safetensors, modules from transformers and this kit; nothing is unpickled, no code of the folder runs."
     folder = Path(folder)
     has = lambda name: (folder/name).is_file()
     if not has("model.safetensors") and not has("model.safetensors.index.json"): refuse("folder", str(folder), "a folder with model.safetensors")
-    recipe = json.loads((folder/"recipe.json").read_text()) if has("recipe.json") else None
-    if recipe is None or recipe["stock"]:
+    recipe = _read(folder/"recipe.json") if has("recipe.json") else None
+    if recipe is None or recipe.get("stock"):
         import transformers
-        kind = recipe["network"] if recipe else (json.loads((folder/"config.json").read_text()).get("architectures") or ["no class"])[0]
-        model = getattr(transformers, kind, None)
-        if model is None: refuse("folder", f"a {kind}", "a class of transformers")
-        if recipe is None: return model.from_pretrained(folder).eval()
+        config = _read(folder/"config.json")
+        kind = recipe.get("network") if recipe else (config.get("architectures") or ["no class"])[0]
+        model = getattr(transformers, str(kind), None)
+        if not (isinstance(model, type) and issubclass(model, transformers.PreTrainedModel) and model.config_class): refuse("folder", f"a {kind}", "a class of transformers")
+        if recipe is None: return model.from_pretrained(folder, use_safetensors=True).eval()
         network = model(model.config_class.from_pretrained(folder))
         if has("generation_config.json"): network.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    elif network is None: refuse("network", None, f"a fresh {recipe['network']}, which is not of transformers")
+    elif network is None: refuse("network", None, f"a fresh {recipe.get('network')}, which is not of transformers")
     if not has("model.safetensors"): refuse("folder", str(folder), "a folder with model.safetensors")
-    state, network = load_file(folder/"model.safetensors"), _cook(network, recipe)
+    state, network = load_file(folder/"model.safetensors"), _cooked(network, recipe)
     wanted, missing = network.state_dict(keep_vars=True), {}
     there = {id(wanted[n]) for n in state if n in wanted}
     bad = [n for n in state if n not in wanted or wanted[n].shape != state[n].shape] + [n for n, t in wanted.items() if id(t) not in there]
