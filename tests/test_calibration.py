@@ -176,11 +176,3 @@ def test_real_text_and_a_real_model(real, root):
     model = load_model(str(folder))
     ids = token_rows(model.tokenizer, "Once upon a time, there was a little girl named Lily. She loved to play with her toys. " * 20, 32)
     assert next_token_losses(model.network, ids).mean() < 3 and len(calibrate(model.network, [ids])) == len(weights_of(model.network))
-
-
-def test_one_tensor_or_dict_is_one_batch():
-    network = causal("Llama")
-    norms = lambda batches: torch.cat([s.norm for s in calibrate(network, batches).values()])
-    slopes = lambda batches: torch.cat([g.flatten() for g in gradients(network, batches).values()])
-    for f in (norms, slopes, lambda batches: hidden_cosines(network, batches), lambda batches: torch.cat([s.norm for _, _, found in walk(network, batches) for s in found.values()])):
-        assert torch.equal(f(IDS), f([IDS])) and torch.equal(f(dict(input_ids=IDS)), f([IDS]))

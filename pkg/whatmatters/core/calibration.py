@@ -207,7 +207,7 @@ def _first(batch):
     if not isinstance(found, Tensor) or not found.numel(): refuse("batches", f"a {type(batch).__name__} without a tensor that has rows", "tensors, or dicts or tuples of them")
     return found
 
-def _batches_of(batches): return [batches] if isinstance(batches, (Tensor, dict)) else batches # one tensor or dict is one batch
+def _batches(batches): return [batches] if isinstance(batches, (Tensor, dict)) else batches # one tensor or dict is one batch
 
 def _call(network, batch):
     return network(**batch) if isinstance(batch, dict) else network(batch) if isinstance(batch, Tensor) else network(*batch)
@@ -323,7 +323,7 @@ def calibrate(
     listener, on_input, on_call, settled = _gather(weights, want)
     body, count = _body(network, weights), 0
     with torch.no_grad(), _calibrating(network), listen(weights, on_input, on_call) as listener[0]:
-        for batch in _batches_of(batches):
+        for batch in _batches(batches):
             listener[0].run(body, _without_labels(batch) if body is not network else batch)
             count += 1
     if not count: refuse("batches", "none", "at least one")
@@ -362,7 +362,7 @@ def gradients(
     parameters = list({id(w.parameter): w.parameter for w in weights.values()}.values())
     frozen = [p for p in parameters if not p.requires_grad]
     with _calibrating(network), torch.enable_grad(), _requiring(frozen):
-        for one in (row for batch in _batches_of(batches) for row in _one_by_one(batch)):
+        for one in (row for batch in _batches(batches) for row in _one_by_one(batch)):
             value = loss(network, one)
             if not isinstance(value, Tensor) or value.numel() != 1: refuse("loss", f"a {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}", "one number for one row")
             for p, g in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True)):
@@ -459,7 +459,7 @@ def walk(
 
     Cost: one forward pass per row; two when `sequential`, and where blocks return tuples; one more of the whole network for weights outside the blocks, which come last, under the name "".
     A network without a chain of blocks is one block."""
-    weights, batches, blocks = weights_of(network) if weights is None else weights, list(_batches_of(batches)), chain_of(network, chain)
+    weights, batches, blocks = weights_of(network) if weights is None else weights, list(_batches(batches)), chain_of(network, chain)
     if not batches: refuse("batches", "none", "at least one")
     inside = {name: {n: w for n, w in weights.items() if n.startswith(name + ".")} for name, _ in blocks}
     if any(inside.values()):
@@ -509,7 +509,7 @@ def hidden_cosines(
     try:
         with torch.no_grad(), _calibrating(network), _every_module_runs():
             body = _body(network, {})
-            for batch in _batches_of(batches):
+            for batch in _batches(batches):
                 given = batch.get("attention_mask") if isinstance(batch, dict) else None
                 mask[0] = None if given is None else given.bool()
                 _call(body, _without_labels(batch) if body is not network else batch)

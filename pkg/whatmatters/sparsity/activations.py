@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from ..core.calibration import _batches_of, _call, _calibrating, chain_of
+from ..core.calibration import _batches, _call, _calibrating, chain_of
 from ..core.hooks import _every_module_runs, module_of
 from ..core.keep import top
 from ..core.values import check_count, check_finite, refuse
@@ -203,7 +203,7 @@ class Curve:
 
 # %% ../../../nbs/sparsity/09_activations.ipynb #_list_of
 def _list_of(batches):
-    batches = list(_batches_of(batches))
+    batches = list(_batches(batches))
     if not batches: refuse("batches", "none", "at least one batch of calibration data")
     return batches
 

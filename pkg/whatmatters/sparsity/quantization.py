@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad as _pad
-from ..core.calibration import _batches_of, calibrate, chain_of, coverage, hidden_cosines, listen, restoring, walk, weights_of
+from ..core.calibration import _batches, calibrate, chain_of, coverage, hidden_cosines, listen, restoring, walk, weights_of
 from ..core.values import check_count, check_finite, refuse
 from .reconstruction import obs_factor, reconstruct
 
@@ -324,7 +324,7 @@ def _seconds(network, batches, weights, sequential, importance, chain):
     if importance is None:
         for _, _, statistics in walk(network, batches, ("second",), weights, sequential, chain): yield {name: s.second for name, s in statistics.items()}
         return
-    batches, blocks = list(_batches_of(batches)), chain_of(network, chain)
+    batches, blocks = list(_batches(batches)), chain_of(network, chain)
     inside = {n: w for n, w in weights.items() if any(n.startswith(f"{name}.") for name, _ in blocks)}
     if not inside: refuse("importance", f"one for the tokens of a {type(network).__name__} without a list of blocks", "a transformer")
     weighing = _Weighing(importance, dict(blocks), batches)
