@@ -8,6 +8,7 @@ __all__ = ['neuron_magnitudes', 'cett', 'threshold_for', 'feed_forwards', 'trunc
 
 # %% ../../../nbs/sparsity/09_activations.ipynb #act-import
 import contextlib
+from collections.abc import Mapping
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -240,7 +241,7 @@ class ActivationSparsity(NamedTuple):
 # %% ../../../nbs/sparsity/09_activations.ipynb #_next_token
 def _next_token(network, batch):
     "Losses of all next tokens, (n,): one forward pass."
-    batch = batch if isinstance(batch, dict) else {"input_ids": batch[0] if isinstance(batch, (tuple, list)) else batch}
+    batch = batch if isinstance(batch, Mapping) else {"input_ids": batch[0] if isinstance(batch, (tuple, list)) else batch}
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     logits = network(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[:, :-1].float()
     losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

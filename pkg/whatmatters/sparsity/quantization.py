@@ -8,9 +8,10 @@ __all__ = ['Grid', 'grid_of', 'round_to_nearest', 'quantised_bytes', 'pack', 'un
            'Quantised', 'quantise', 'Int8Linear', 'pack_int8']
 
 # %% ../../../nbs/sparsity/11_quantization.ipynb #qnt-import
-import collections
 import contextlib
 import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -312,7 +313,7 @@ class _Weighing:
         call = self.calls[name] = self.calls.get(name, -1) + 1 # a block is called with all batches in turn, as often as need be
         if name in self.done or not self.heard: return
         batch = self.batches[call % len(self.batches)]
-        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         r = self.importance(self.hidden, self.attention, mask).square().flatten()
         for name, x in self.heard:
             if x.ndim != 2 or len(x) != len(r): refuse("importance", f"an input of {name} with {tuple(x.shape)} rows for {len(r)} tokens", "layers that read every token once")
@@ -456,4 +457,4 @@ def pack_int8(
 
 def _owners_of(network):
     "In how many places each parameter stands, by its id: more than once where weights are tied or a module is used again."
-    return collections.Counter(id(p) for _, m in network.named_modules(remove_duplicate=False) for p in m.parameters(recurse=False))
+    return Counter(id(p) for _, m in network.named_modules(remove_duplicate=False) for p in m.parameters(recurse=False))
