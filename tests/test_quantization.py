@@ -355,3 +355,39 @@ def test_eight_bits_are_really_stored():
     one = network(IDS[:1, :1]).logits # a single row goes through PyTorch's own kernel
     with torch.enable_grad(): torch.testing.assert_close(network(IDS[:1, :1]).logits, one, atol=.1, rtol=.05)
     with pytest.raises(ValueError, match="network: got a Linear"): pack_int8(nn.Linear(2, 2))
+
+
+def test_batches_may_be_one_tensor_or_one_dict_or_a_generator():
+    expected = llama()
+    quantise(expected, 3, "gptq", [IDS], importance="norm")
+    for batches in (IDS, dict(input_ids=IDS), (b for b in [IDS])):
+        network = llama()
+        quantise(network, 3, "gptq", batches, importance="norm")
+        assert all(torch.equal(a, b) for a, b in zip(network.parameters(), expected.parameters()))
+
+
+def test_an_embedding_is_refused_by_methods_that_look_at_data():
+    network = llama()
+    before = state(network)
+    with pytest.raises(ValueError, match="skip: got no pattern of the embedding model.embed_tokens.weight"): quantise(network, 4, "gptq", [torch.zeros(1, 4, dtype=torch.long)], skip=[])
+    assert same(network, before)
+
+
+def test_gptq_refuses_a_factor_that_it_would_not_use():
+    with pytest.raises(ValueError, match="factor: got one with order"): gptq(torch.randn(2, 3), torch.eye(3), order=True, factor=torch.eye(3))
+
+
+def test_a_module_that_is_used_twice_stays_one():
+    twice = nn.Linear(64, 64)
+    network = nn.Sequential(twice, nn.ReLU(), twice, nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=r"network: got 0.weight \(tied\)"): binarise(network, 2.)
+    pack_int8(network)
+    assert network[0] is network[2] is twice and type(network[3]).__name__ == "Int8Linear"
+
+
+@pytest.mark.parametrize("options, message", [(dict(paths=0), "paths: got 0"), (dict(slope=-1.), "slope: got -1.0")])
+def test_binarise_refuses_before_it_changes_anything(options, message):
+    network = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=message): binarise(network, 2., **options)
+    assert type(network[0]) is nn.Linear
+    with pytest.raises(ValueError, match="paths: got 0"): rank_for(2., (8, 8), 0)

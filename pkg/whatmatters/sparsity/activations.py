@@ -8,12 +8,13 @@ __all__ = ['neuron_magnitudes', 'cett', 'threshold_for', 'feed_forwards', 'trunc
 
 # %% ../../../nbs/sparsity/09_activations.ipynb #act-import
 import contextlib
+from collections.abc import Mapping
 from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from ..core.calibration import _call, _calibrating, chain_of
+from ..core.calibration import _batches, _call, _calibrating, chain_of
 from ..core.hooks import _every_module_runs, module_of
 from ..core.keep import top
 from ..core.values import check_count, check_finite, refuse
@@ -203,7 +204,7 @@ class Curve:
 
 # %% ../../../nbs/sparsity/09_activations.ipynb #_list_of
 def _list_of(batches):
-    batches = [batches] if isinstance(batches, (Tensor, dict)) else list(batches)
+    batches = list(_batches(batches))
     if not batches: refuse("batches", "none", "at least one batch of calibration data")
     return batches
 
@@ -240,7 +241,7 @@ class ActivationSparsity(NamedTuple):
 # %% ../../../nbs/sparsity/09_activations.ipynb #_next_token
 def _next_token(network, batch):
     "Losses of all next tokens, (n,): one forward pass."
-    batch = batch if isinstance(batch, dict) else {"input_ids": batch[0] if isinstance(batch, (tuple, list)) else batch}
+    batch = batch if isinstance(batch, Mapping) else {"input_ids": batch[0] if isinstance(batch, (tuple, list)) else batch}
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     logits = network(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[:, :-1].float()
     losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

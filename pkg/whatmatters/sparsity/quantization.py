@@ -10,6 +10,8 @@ __all__ = ['Grid', 'grid_of', 'round_to_nearest', 'quantised_bytes', 'pack', 'un
 # %% ../../../nbs/sparsity/11_quantization.ipynb #qnt-import
 import contextlib
 import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -138,6 +140,7 @@ def gptq(
 )->Tensor|tuple[Tensor, Grid]: # in the dtype of `weight`; or codes (out, in) and `Grid`
     "GPTQ (Frantar et al. 2022, arXiv:2210.17323): round column by column, the loss passed on. No model calls; out x in^2 multiplications. Where inputs are uncorrelated it is rounding to the nearest."
     columns = _check_quantisable(weight, bits, group).shape[1]
+    if order and factor is not None: refuse("factor", "one with order", "none: it is made of the columns in their order")
     if second.shape != (columns, columns): refuse("second", f"shape {tuple(second.shape)}", f"({columns}, {columns}), for the inputs of the weight")
     turn = second.diagonal().argsort(descending=True, stable=True) if order else torch.arange(columns, device=weight.device)
     if order: factor, fixed = obs_factor(second[turn][:, turn], damp), grid_of(weight, bits, group, symmetric)
@@ -310,7 +313,7 @@ class _Weighing:
         call = self.calls[name] = self.calls.get(name, -1) + 1 # a block is called with all batches in turn, as often as need be
         if name in self.done or not self.heard: return
         batch = self.batches[call % len(self.batches)]
-        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         r = self.importance(self.hidden, self.attention, mask).square().flatten()
         for name, x in self.heard:
             if x.ndim != 2 or len(x) != len(r): refuse("importance", f"an input of {name} with {tuple(x.shape)} rows for {len(r)} tokens", "layers that read every token once")
@@ -339,7 +342,7 @@ def _seconds(network, batches, weights, sequential, importance, chain):
 # %% ../../../nbs/sparsity/11_quantization.ipynb #Quantised
 class Quantised(NamedTuple):
     "What became of a network: sizes are of packed codes, scales, zero points and factors; the weights in memory stay floating point."
-    bits: dict    # name -> bits of a code, 2 to 8
+    bits: dict    # name -> bits of a code, 2 to 8; where signs and scales stand for a weight, exact bits per weight
     before: int   # bytes of those weights as they were
     after: int    # bytes packed
     weights: int  # how many numbers they are
@@ -398,6 +401,7 @@ def quantise(
     per = _bits_of(everything, bits, layer_bits)
     weights, solve, after = {n: everything[n] for n in per}, _solver(method, group, symmetric, damp), 0
     if not weights: refuse("layer_bits", "None for every weight", "at least one weight to quantise")
+    if batches is not None and method != "rtn" and (embedding := next((n for n, w in weights.items() if w.kind == "embedding"), None)): refuse("skip", f"no pattern of the embedding {embedding}, which looks inputs up", "one, or the method 'rtn'")
     def apply(seconds):
         nonlocal after
         cache = {}
@@ -445,10 +449,12 @@ def pack_int8(
 )->tuple[int, int]: # bytes of parameters and buffers before and after
     "Keep the weights of all linear layers in eight bits, for inference: no simulation. To load such a network, pack a fresh one and `load_state_dict`."
     size = lambda: sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers()))
-    before, shared = size(), {}
-    for m in network.modules():
-        for p in m.parameters(recurse=False): shared[id(p)] = shared.get(id(p), 0) + 1
+    before, shared = size(), _owners_of(network)
     linear = {n.rpartition(".")[0]: w for n, w in weights_of(network, skip).items() if isinstance(w.module, torch.nn.Linear) and type(w.module).__name__ != "Int8Linear" and shared[id(w.parameter)] == 1} # tied weights stay
     if not linear or "" in linear: refuse("network", f"a {type(network).__name__} without a linear layer of its own", "a network with linear layers inside")
     for name, packed in [(name, Int8Linear(w.module)) for name, w in linear.items()]: network.set_submodule(name, packed)
     return before, size()
+
+def _owners_of(network):
+    "In how many places each parameter stands, by its id: more than once where weights are tied or a module is used again."
+    return Counter(id(p) for _, m in network.named_modules(remove_duplicate=False) for p in m.parameters(recurse=False))
