@@ -134,7 +134,15 @@ def test_structure_of_a_random_mask_is_one_by_exact_expectation():
     masks = [torch.zeros(6, dtype=torch.bool).index_fill(0, torch.tensor(c), True).view(2, 3) for c in combinations(range(6), 3)]
     rows, columns = zip(*map(mask_structure, masks))
     assert sum(rows) / len(masks) == pytest.approx(1) and sum(columns) / len(masks) == pytest.approx(1)
-    assert all(map(lambda v: v != v, mask_structure(torch.ones(3, 3, dtype=torch.bool))))
+    with pytest.raises(ValueError, match="mask: got shape"): mask_structure(torch.ones(3, 3, dtype=torch.bool))
+
+
+def test_structure_of_a_mask_by_hand():
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[0] = mask[1, :2] = True  # 8 of 24 kept: a row has 2 on average
+    rows, columns = mask_structure(mask)
+    p = 1 / 3
+    assert rows == pytest.approx(((16 + 0 + 4 + 4) / 4) / (6 * p * (1 - p) * 18 / 23)) and columns == pytest.approx(((2 * (2 - 4 / 3) ** 2 + 4 * (1 - 4 / 3) ** 2) / 6) / (4 * p * (1 - p) * 20 / 23))
 
 
 @pytest.mark.parametrize("call, message", [

@@ -219,13 +219,7 @@ def test_trained_parameters_by_hand():
     assert T.trained_parameters(network, skip="2.*")[0] == 3 * 28 + 28 + 28
 
 
-def test_structuredness_by_chance_and_by_hand():
-    mask = torch.zeros(4, 6, dtype=torch.bool)
-    mask[0] = mask[1, :2] = True # 8 of 24 kept: a row has 2 on average
-    rows, columns = T.structuredness(mask)
-    p = 1 / 3
-    assert rows == pytest.approx(((16 + 0 + 4 + 4) / 4) / (6 * p * (1 - p) * 18 / 23)) and columns == pytest.approx(((2 * (2 - 4 / 3) ** 2 + 4 * (1 - 4 / 3) ** 2) / 6) / (4 * p * (1 - p) * 20 / 23))
-    with pytest.raises(ValueError, match="mask"): T.structuredness(torch.ones(4, 4, dtype=torch.bool))
+def test_energy_of_nothing():
     with pytest.raises(ValueError, match="scores"): T.energy(torch.zeros(3, 3))
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
-from ..core.calibration import _calibrating, _call, chain_of, hidden_cosines
+from ..core.calibration import _batches, _calibrating, _call, chain_of, hidden_cosines
 from ..core.hooks import _every_module_runs, _other_forwards, _with_tensor, capture, tensor_of
 from ..core.keep import count_of, top
 from ..core.values import check_count, check_finite, refuse
@@ -226,7 +226,7 @@ def macro_influence(
         except _End as end: return end.args[0].detach()
         finally: handle.remove()
         refuse("chain", f"{blocks[-1][0]}, which the network does not call", "blocks that are each called once")
-    batches = batches if isinstance(batches, (list, tuple)) else list(batches)
+    batches = list(_batches(batches))
     for batch, (whole, *without) in zip(batches, _without(network, batches, blocks, last, gone)):
         seen = _tokens(batch, whole)
         cosines = torch.stack([cosine_similarity(whole[seen].float(), h[seen].float(), -1).double().sum() for h in without])
@@ -278,7 +278,7 @@ def iterative_removal(
     blocks = _blocks(network, chain)
     candidates = list(range(len(blocks))) if candidates is None else _indices("candidates", candidates, len(blocks))
     if check_count("k", k) > min(len(candidates), len(blocks) - 1): refuse("k", k, f"at most {min(len(candidates), len(blocks) - 1)}, the blocks that may go when one has to stay")
-    batches = batches if isinstance(batches, (list, tuple)) else list(batches)
+    batches = list(_batches(batches))
     order, losses, table, bare = [], [], torch.full((k, len(blocks)), torch.nan, dtype=torch.float64), set()
     for step in range(k):
         left = [i for i in candidates if i not in order]
@@ -339,7 +339,7 @@ def recover(
 
 def _fit(parameters, objective, batches, steps, rate, optimizer, progress=None):
     "Train parameters against an objective of a batch; they are put back when something raises."
-    batches = batches if isinstance(batches, (list, tuple)) else list(batches)
+    batches = list(_batches(batches))
     if not batches: refuse("batches", "none", "at least one")
     if not parameters: refuse("parameters", "none", "at least one")
     before, needed, losses = [p.detach().clone() for p in parameters], [p.requires_grad for p in parameters], []

@@ -13,7 +13,7 @@ import math
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..core.calibration import calibrate, chain_of, next_token_loss, weights_of
+from ..core.calibration import _batches, calibrate, chain_of, next_token_loss, weights_of
 from ..core.keep import count_of, top
 from ..core.values import check_count, check_finite, refuse
 from .structure import NoAttention, Units, attention_of, neuron_norms, remove_attention, shrink, units
@@ -223,7 +223,7 @@ def two_stage(
     """Prune neurons, then attention modules (2SSP, Sandri et al. 2025, arXiv:2501.17771). Parameters of blocks are counted, embeddings are not.
 
     Cost: one forward pass per row, and one on `judge` for each module that goes and each that is left: about (modules gone) x (blocks). Nothing is changed when it is refused."""
-    batches = list(batches)
+    batches = list(_batches(batches))
     if not batches: refuse("batches", "none", "at least one")
     first = lambda b: {k: t[:1] for k, t in b.items()} if isinstance(b, dict) else b[:1]
     judge, (groups, attention, blocks) = first(batches[0]) if judge is None else judge, _halves(network, batches[0], chain)

@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from ..core.calibration import _calibrating, _call, _given, _run_block, weights_of
+from ..core.calibration import _batches, _calibrating, _call, _given, _run_block, weights_of
 from ..core.hooks import _every_module_runs, tensor_of
 from ..core.values import check_count, check_finite, refuse, seeded
 from .blocks import _asked, _blocks, _End, _fit, _indices, _tokens, block_influence, macro_influence, one_shot
@@ -175,7 +175,7 @@ def fuse(
     "Measure, fuse the least influential block, and again (Pei et al. 2024, arXiv:2411.14507). k times the cost of the scores and of `fuse_block`."
     left = list(range(len(_blocks(network, chain))))
     if check_count("k", k) >= len(left): refuse("k", k, f"at most {len(left) - 1}, one block less than there are")
-    batches, gone = batches if isinstance(batches, (list, tuple)) else list(batches), []
+    batches, gone = list(_batches(batches)), []
     for step in range(k):
         index = one_shot(scores(network, batches, chain), 1)[0]
         fuse_block(network, index, batches, chain=chain, **options)
@@ -350,7 +350,7 @@ def share(
     if lenders not in ("residual", "nearest"): refuse("lenders", repr(lenders), '"residual" or "nearest"')
     blocks = _blocks(network, chain)
     if check_count("k", k) >= len(blocks): refuse("k", k, f"at most {len(blocks) - 1}, one block less than there are")
-    batches = batches if isinstance(batches, (list, tuple)) else list(batches)
+    batches = list(_batches(batches))
     low = one_shot(scores(network, batches, chain), k)
     stay = [i for i in range(len(blocks)) if i not in low]
     names = lambda i: [n for n, *_ in _pairs(blocks, i, stay[0])]

@@ -57,12 +57,12 @@ def mask_structure(
 )->tuple[float, float]:          # of the rows and of the columns: variance of the share kept, in units of that of a random mask
     "Whether a mask keeps some rows or columns more than others. No model calls."
     if mask.ndim != 2 or mask.dtype != torch.bool: refuse("mask", f"{mask.dtype} of shape {tuple(mask.shape)}", "booleans, (out, in)")
-    p, n = mask.double().mean(), mask.numel()
-    if not 0 < p < 1 or min(mask.shape) < 2: return float("nan"), float("nan")
-    variance = lambda axis: float(mask.double().mean(axis).var(unbiased=False))
-    # of k = p n places drawn without replacement, the share in one line of m has variance p (1 - p) / m (n - m) / (n - 1)
-    by_chance = lambda m: float(p * (1 - p) / m * (n - m) / (n - 1))
-    return variance(1) / by_chance(mask.shape[1]), variance(0) / by_chance(mask.shape[0])
+    if min(mask.shape) < 2 or mask.all() or not mask.any(): refuse("mask", f"shape {tuple(mask.shape)}, {int(mask.sum())} kept", "at least two rows and columns, and some of the places kept")
+    m, size = mask.double(), mask.numel()
+    p = m.mean()
+    # of k = p size places drawn without replacement, a line of n holds a number of variance n p (1 - p) (size - n) / (size - 1)
+    over = lambda counts, n: float((counts - n * p).square().mean() / (n * p * (1 - p) * (size - n) / (size - 1)))
+    return over(m.sum(1), m.shape[1]), over(m.sum(0), m.shape[0])
 
 # %% ../../../nbs/sparsity/03_gradients.ipynb #dpruner
 def dpruner(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'cubic_schedule', 'straight_through', 'SparseWeight', 'sparsify', 'sparse_weights', 'set_sparsity',
-           'Trained', 'trained_parameters', 'train_sparse', 'finalise', 'energy', 'structuredness', 'Ticket',
-           'lottery_tickets', 'class_errors', 'ClassTicket', 'class_tickets']
+           'Trained', 'trained_parameters', 'train_sparse', 'finalise', 'energy', 'Ticket', 'lottery_tickets',
+           'class_errors', 'ClassTicket', 'class_tickets']
 
 # %% ../../../nbs/sparsity/04_training.ipynb #tr-import
 from fnmatch import fnmatch
@@ -237,18 +237,6 @@ def energy(
     squares = torch.linalg.svdvals(check_finite("scores", scores.detach()).to(torch.promote_types(scores.dtype, torch.float32))) ** 2
     if not squares[0]: refuse("scores", "nothing but zeros", "a matrix with a rank")
     return squares.cumsum(0) / squares.sum()
-
-# %% ../../../nbs/sparsity/04_training.ipynb #structuredness
-def structuredness(
-    mask:Tensor, # boolean, (out, in)
-)->tuple[float, float]: # of rows and of columns: 1 as in random masks, more where whole ones are kept or dropped, 0 where all have as many
-    "How unequally a mask is spread over rows and columns: the variance of their counts over that of a random mask of the same size."
-    if mask.ndim != 2 or mask.dtype != torch.bool: refuse("mask", f"{mask.dtype} of shape {tuple(mask.shape)}", "a boolean matrix")
-    if min(mask.shape) < 2 or mask.all() or not mask.any(): refuse("mask", f"shape {tuple(mask.shape)}, {int(mask.sum())} kept", "at least two rows and columns, and some of the places kept")
-    m, size = mask.double(), mask.numel()
-    p = m.mean()
-    of = lambda counts, n: ((counts - n * p) ** 2).mean().div(n * p * (1 - p) * (size - n) / (size - 1)).item()
-    return of(m.sum(1), m.shape[1]), of(m.sum(0), m.shape[0])
 
 # %% ../../../nbs/sparsity/04_training.ipynb #Ticket
 class Ticket(NamedTuple):
