@@ -196,6 +196,10 @@ class TwoStage(NamedTuple):
     attention: list
     losses: list
 
+    def __repr__(self):
+        stay, all_ = sum(int(k.sum()) for k in self.kept.values()), sum(len(k) for k in self.kept.values())
+        return f"{stay:,} of {all_:,} neurons stay in {len(self.kept)} blocks; attention that went: {', '.join(self.attention) or 'none'}"
+
 # %% ../../../nbs/sparsity/06_fidelity.ipynb #_halves
 def _halves(network, batch, chain):
     "Groups of feed-forward neurons, one for each block, and the names of the attention modules."
