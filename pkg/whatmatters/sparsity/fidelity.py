@@ -198,7 +198,7 @@ class TwoStage(NamedTuple):
 
     def __repr__(self):
         stay, all_ = sum(int(k.sum()) for k in self.kept.values()), sum(len(k) for k in self.kept.values())
-        return f"{stay:,} of {all_:,} neurons stay in {len(self.kept)} blocks; attention that went: {', '.join(self.attention) or 'none'}"
+        return f"{stay:,} of {all_:,} neurons stay in {len(self.kept)} blocks; attention gone from blocks: {', '.join(map(str, self.attention)) or 'none'}"
 
 # %% ../../../nbs/sparsity/06_fidelity.ipynb #_halves
 def _halves(network, batch, chain):
