@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 from whatmatters.core.calibration import calibrate, chain_of, coverage, gradients, hidden_cosines, listen, restoring, walk, weights_of
 from whatmatters.core.keep import blocks, count_of, n_of_m, ranks, top
-from whatmatters.core.language import Bytes, load_text, next_token_losses, token_rows
+from whatmatters.core.language import load_text, next_token_losses, token_rows
 from whatmatters.core.values import seeded
 
 SMALL = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, max_position_embeddings=64)

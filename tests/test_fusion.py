@@ -2,28 +2,13 @@
 import copy
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from whatmatters.core.calibration import weights_of
 from whatmatters.core.values import seeded
 from whatmatters.sparsity.blocks import batch_losses, macro_influence, recover
 from whatmatters.sparsity.fusion import adapters, fold, fuse, fuse_block, inject, share, share_block, share_residuals, stored
 from whatmatters.sparsity.structure import drop_blocks, load, save
-
-SIZES = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, initializer_range=.3)
-
-
-def tiny(cls, config):
-    torch.manual_seed(0)
-    return cls(config).eval()
-
-
-def llama(): return tiny(LlamaForCausalLM, LlamaConfig(**SIZES))
-def gpt2(): return tiny(GPT2LMHeadModel, GPT2Config(vocab_size=48, n_embd=16, n_layer=4, n_head=2, n_positions=32, initializer_range=.3, bos_token_id=0, eos_token_id=0))
-def mixtral(): return tiny(MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=3))
-
-
-@pytest.fixture
-def ids(): return torch.randint(48, (3, 10), generator=seeded(0))
+from test_blocks import gpt2, ids, llama, mixtral, tiny  # noqa: F401 (a fixture)
 
 
 def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))

@@ -12,13 +12,12 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatch
-from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, unfold
 from torch.overrides import TorchFunctionMode
 from .hooks import _every_module_runs, tensor_of
-from .values import check_count, refuse
+from .values import refuse
 
 # %% ../../../nbs/core/15_calibration.ipynb #Weight
 class Weight:

@@ -8,15 +8,14 @@ __all__ = ['neuron_magnitudes', 'cett', 'threshold_for', 'feed_forwards', 'trunc
 
 # %% ../../../nbs/sparsity/09_activations.ipynb #act-import
 import contextlib
-from collections.abc import Mapping
 from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from ..core.calibration import _batches, _call, _calibrating, chain_of
 from ..core.hooks import _every_module_runs, module_of
 from ..core.keep import top
+from ..core.language import token_losses
 from ..core.values import check_count, check_finite, refuse
 
 # %% ../../../nbs/sparsity/09_activations.ipynb #neuron_magnitudes
@@ -241,11 +240,8 @@ class ActivationSparsity(NamedTuple):
 # %% ../../../nbs/sparsity/09_activations.ipynb #_next_token
 def _next_token(network, batch):
     "Losses of all next tokens, (n,): one forward pass."
-    batch = batch if isinstance(batch, Mapping) else {"input_ids": batch[0] if isinstance(batch, (tuple, list)) else batch}
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    logits = network(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[:, :-1].float()
-    losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses if mask is None else losses[(mask[:, 1:] * mask[:, :-1]).flatten().bool()]
+    losses, counts = token_losses(network, batch[0] if isinstance(batch, (tuple, list)) else batch)
+    return losses[counts]
 
 def _mean_loss(network, batches, loss):
     total, n = 0., 0

@@ -9,7 +9,6 @@ __all__ = ['ALLOCATIONS', 'NEEDS_SCORES', 'uniform', 'uniform_plus', 'erdos_reny
 # %% ../../../nbs/sparsity/01_allocation.ipynb #e94828f4
 import math
 import torch
-from torch import Tensor
 from ..core.keep import count_of, top
 from ..core.values import refuse, check_finite
 from .weights import check_sparsity, lamp

@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from ..core.calibration import _batches, _calibrating, _call, chain_of, hidden_cosines
 from ..core.hooks import _every_module_runs, _other_forwards, _with_tensor, capture, tensor_of
 from ..core.keep import count_of, top
+from ..core.language import token_losses
 from ..core.values import check_count, check_finite, refuse
 
 # %% ../../../nbs/sparsity/07_blocks.ipynb #ae3109a3
@@ -152,14 +153,8 @@ def batch_losses(
 )->Tensor:             # (B,): cross-entropy in nats, of a text the mean over its predicted tokens
     "The loss of every row of a batch. One forward pass."
     if isinstance(batch, (tuple, list)): return cross_entropy(network(batch[0]).float(), batch[1], reduction="none")
-    named = dict(batch) if hasattr(batch, "keys") else dict(input_ids=batch)
-    ids, mask = named["input_ids"], named.get("attention_mask")
-    if ids.ndim != 2 or ids.shape[1] < 2 or ids.is_floating_point(): refuse("batch", f"{ids.dtype} of shape {tuple(ids.shape)}", "rows of at least two token ids, a pair (inputs, classes), or a loss of your own")
-    scores = network(**{k: v for k, v in named.items() if k != "labels"}, use_cache=False).logits[:, :-1].float()
-    each = cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-    if mask is None: return each.mean(1)
-    seen = (mask[:, 1:] * mask[:, :-1]).to(each)
-    return (each * seen).sum(1) / seen.sum(1).clamp_min(1)
+    each, counts = token_losses(network, batch)
+    return (each * counts).sum(1) / counts.sum(1).clamp_min(1)
 
 # %% ../../../nbs/sparsity/07_blocks.ipynb #BlockLosses
 class BlockLosses(NamedTuple):

@@ -7,7 +7,6 @@ __all__ = ['frequency_blocks', 'SoftEmbedding', 'selection_gradient', 'search_si
            'narrowed']
 
 # %% ../../../nbs/sparsity/10_embeddings.ipynb #em-import
-from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.func import functional_call
@@ -121,7 +120,13 @@ def search_sizes(
     return torch.stack(losses)
 
 # %% ../../../nbs/sparsity/10_embeddings.ipynb #MixedEmbedding
-class MixedEmbedding(nn.Module):
+class _Narrow(nn.Module):
+    @property
+    def bytes(self):
+        "All that is stored."
+        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
+
+class MixedEmbedding(_Narrow):
     "Embeddings of several widths: a narrow table for each block, with zeros where a block has no dimension. Takes ids, gives (..., K), as the wide table did."
     def __init__(self,
         tables,          # of each block: (features of the block, its width)
@@ -143,11 +148,6 @@ class MixedEmbedding(nn.Module):
         return cls([state[f"tables.{b}"].clone() for b in range(blocks)], [state[f"dimensions_{b}"] for b in range(blocks)], state["position"], int(state["size"]))
 
     @property
-    def bytes(self):
-        "All that is stored."
-        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
-
-    @property
     def widths(self):
         "Number of dimensions of each block."
         return [t.shape[1] for t in self.tables]
@@ -162,7 +162,7 @@ class MixedEmbedding(nn.Module):
         return out.view(*ids.shape, out.shape[1])
 
 # %% ../../../nbs/sparsity/10_embeddings.ipynb #RaggedEmbedding
-class RaggedEmbedding(nn.Module):
+class RaggedEmbedding(_Narrow):
     "Embeddings with dimensions of their own: the entries that are left, row by row. Takes ids, gives (..., K), as the full table did."
     def __init__(self,
         values:Tensor, # the entries, (E,)
@@ -178,11 +178,6 @@ class RaggedEmbedding(nn.Module):
     def of_state(cls, state):
         "The module that a state dict belongs to, with its values."
         return cls(state["values"].clone(), state["columns"], state["starts"], int(state["size"]))
-
-    @property
-    def bytes(self):
-        "All that is stored."
-        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
 
     @property
     def widths(self):

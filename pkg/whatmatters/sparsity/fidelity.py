@@ -7,7 +7,6 @@ __all__ = ['gram', 'subset_fidelity', 'singleton_fidelity', 'best_subset', 'gram
            'attention_budget', 'TwoStage', 'two_stage']
 
 # %% ../../../nbs/sparsity/06_fidelity.ipynb #b63f923d
-import contextlib
 import itertools
 import math
 from typing import NamedTuple

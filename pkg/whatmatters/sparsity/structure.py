@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from ..core.calibration import calibrate, chain_of, gradients, weights_of
+from ..core.calibration import _call, calibrate, chain_of, gradients, weights_of
 from ..core.values import refuse, seeded
 
 # %% ../../../nbs/sparsity/05_structure.ipynb #_parent
@@ -159,8 +159,6 @@ def _tensors(out):
     if isinstance(out, Tensor): return [out] if out.is_floating_point() else []
     if isinstance(out, dict): return [t for k, v in out.items() if "past_key_values" not in k for t in _tensors(v)]
     return [t for v in out for t in _tensors(v)] if isinstance(out, (list, tuple)) else []
-
-def _call(network, batch): return network(**batch) if hasattr(batch, "keys") else network(*batch) if isinstance(batch, (list, tuple)) else network(batch)
 
 def _tiny(batch, tokens):
     "The first row of a batch, a few tokens of it, several times: enough positions for every channel to be alive somewhere."
@@ -1014,7 +1012,7 @@ def load(
     elif network is None: refuse("network", None, f"a fresh {recipe.get('network')}, which is not of transformers")
     if not has("model.safetensors"): refuse("folder", str(folder), "a folder with model.safetensors")
     state, network = load_file(folder/"model.safetensors"), _cooked(network, recipe)
-    wanted, missing = network.state_dict(keep_vars=True), {}
+    wanted = network.state_dict(keep_vars=True)
     there = {id(wanted[n]) for n in state if n in wanted}
     bad = [n for n in state if n not in wanted or wanted[n].shape != state[n].shape] + [n for n, t in wanted.items() if id(t) not in there]
     if bad: refuse("folder", f"{len(bad)} tensors that do not fit, such as {bad[0]}", "the tensors that its recipe describes")

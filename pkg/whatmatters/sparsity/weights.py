@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..core.calibration import _batches, _calibrating, calibrate, coverage, gradients, listen, restoring, walk, weights_of
 from ..core.keep import blocks, n_of_m, top
-from ..core.values import refuse, check_finite, check_count, seeded
+from ..core.values import refuse, check_finite, seeded
 
 # %% ../../../nbs/sparsity/00_weights.ipynb #magnitude
 def magnitude(
