@@ -204,5 +204,5 @@ def keep_self_generated(
 )->Tensor:            # boolean, (N, K)
     "Of the self-consistent answers, those with the least distribution shift (Jiang et al. 2024, arXiv:2408.09849). No model calls."
     if answers.shape != losses.shape: refuse("answers", f"shape {tuple(answers.shape)}", f"that of the losses, {tuple(losses.shape)}")
-    agree = self_consistent(answers).view(1, -1)
-    return top(-shift_extent(losses, wanted).view(1, -1), ratio=ratio, valid=agree).view(losses.shape)
+    agree = self_consistent(answers).reshape(1, -1)
+    return top(-shift_extent(losses, wanted).reshape(1, -1), ratio=ratio, valid=agree).reshape(losses.shape)
