@@ -74,11 +74,11 @@ def presence_weights(
     temperature:float=1.,    # of the softmax, in units of the batch's mean self-influence
 )->Tensor:                   # weights of the batch, (B,), sum 1
     "Weights of the two phases of PRESENCE (Thakkar et al. 2023, arXiv:2311.00913). No model calls; the self-influence costs a forward and a backward pass."
-    check_weights("influence", influence + 0.)
+    if influence.any(): check_weights("influence", influence)
     if phase not in (1, 2): refuse("phase", repr(phase), "1 or 2")
     if not temperature > 0: refuse("temperature", temperature, "a number above 0")
     sign = 1 if phase == 1 else -1
-    return (sign * influence / (temperature * influence.mean())).softmax(0)
+    return (sign * influence / (temperature * influence.mean()).clamp_min(1e-30)).softmax(0) # all alike where nothing is left to learn
 
 # %% ../../../nbs/sparsity/21_weighting.ipynb #loss_weights
 SHAPES = dict(linupper=lambda h: (h + 1).clamp_max(1), quadratic=lambda h: 1 - h ** 2, extremes=torch.abs)
