@@ -2,6 +2,7 @@
 import math
 import pytest
 import torch
+from scipy.optimize import linprog
 from scipy.stats import gaussian_kde
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -189,6 +190,10 @@ def test_task_relevance_meets_the_conditions_of_the_lasso():
     on = nu != 0
     assert 0 < on.sum() < 9 and torch.allclose(slope[on], .3 * nu[on].sign(), atol=1e-5) and (slope[~on].abs() <= .3 + 1e-6).all()
     assert not task_relevance(sources, target, 100.).any()
+    shortest = linprog([1] * 18, A_eq=torch.cat([sources, -sources]).T.numpy(), b_eq=target.numpy()).fun # the least 1-norm of all that make the target
+    small = task_relevance(sources, target, 1e-7)
+    torch.testing.assert_close(small @ sources, target, atol=1e-5, rtol=1e-5)
+    assert float(small.abs().sum()) == pytest.approx(shortest, abs=1e-5)
     with pytest.raises(ValueError, match="target: got shape"): task_relevance(sources, target[:2])
     with pytest.raises(ValueError, match="penalty: got 0"): task_relevance(sources, target, 0)
     with pytest.raises(ValueError, match="sources: got 1 NaN"): task_relevance(torch.tensor([[float("nan")]]), torch.ones(1))

@@ -138,13 +138,13 @@ def task_relevance(
     penalty:float=1e-3,   # lambda of the 1-norm; the higher, the fewer tasks
 )->Tensor:                # nu, (T,); its sign tells the direction
     "Relevance of source tasks by the lasso: least of 1/2 ||sum_t nu_t w_t - w||^2 + lambda ||nu||_1 (Wang et al. 2023, arXiv:2306.02556). No model calls."
-    from sklearn.linear_model import Lasso
+    from sklearn.linear_model import lars_path
     check_finite("sources", sources), check_finite("target", target)
     if sources.ndim != 2 or target.shape != sources.shape[1:]: refuse("target", f"shape {tuple(target.shape)} beside sources {tuple(sources.shape)}", "(k,) beside (T, k)")
     if not penalty > 0: refuse("penalty", penalty, "a number above 0")
-    k = len(target)
-    found = Lasso(alpha=penalty / k, fit_intercept=False, max_iter=100_000, tol=1e-8).fit(sources.T.double().cpu().numpy(), target.double().cpu().numpy()) # sklearn divides the square by k
-    return torch.as_tensor(found.coef_).to(sources)
+    # the path is followed exactly: with a small penalty coordinate descent stops far from the least 1-norm. scikit-learn divides the square by k
+    path = lars_path(sources.T.double().cpu().numpy(), target.double().cpu().numpy(), method="lasso", alpha_min=penalty / len(target))[2]
+    return torch.as_tensor(path[:, -1].copy()).to(sources)
 
 # %% ../../../nbs/sparsity/21_weighting.ipynb #allocate
 def allocate(
