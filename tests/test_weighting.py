@@ -129,6 +129,22 @@ def test_presence_weights_refuse():
     assert presence_weights(torch.zeros(2), 2).tolist() == [.5, .5] # nothing is left to learn
 
 
+def test_a_language_model_trains_with_both_phases():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=1, n_head=2, n_positions=8, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    ids = torch.arange(8).repeat(24, 1)
+    ids[:4] = torch.randint(16, (4, 8), generator=torch.Generator().manual_seed(0)) # texts without order
+    loss = lambda out, y: cross_entropy(out.logits[:, :-1].transpose(1, 2), y[:, 1:], reduction="none").mean(1)
+    seen = []
+    def weigh(losses, r, epoch):
+        w = presence_weights(gradient_norms(lm, ids[r], squared=True), 1 if epoch < 2 else 2)
+        seen.append((epoch < 2, float(w[r < 4].mean() / w[r >= 4].mean())))
+        return w
+    losses = train_weighted(lm, ids, ids, weigh, epochs=6, batch_size=24, loss=loss, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2))
+    assert len(losses) == 6 and losses[-1] < losses[0] and seen[-1][1] < .5 and all(up == (ratio > 1) for up, ratio in seen[1:])
+
+
 # losses
 
 @pytest.mark.parametrize("shape", SHAPES)
