@@ -6,8 +6,9 @@
 __all__ = ['weighted_mean', 'effective_size', 'pareto_k', 'Diagnosis', 'diagnose', 'density_ratio', 'kernel_mean_matching',
            'retasa']
 
-# %% ../../../nbs/sparsity/22_shift.ipynb #f45d53e2
+# %% ../../../nbs/sparsity/22_shift.ipynb #25026220
 from typing import NamedTuple
+import numpy as np
 import torch
 from torch import Tensor
 from ..core.values import check_finite, check_rows, refuse
@@ -79,7 +80,6 @@ def density_ratio(
     s, t = rows("source", source), rows("target", target)
     if s.shape[1] != t.shape[1]: refuse("target", f"{t.shape[1]} features", f"{s.shape[1]}, as the source has")
     if classifier is None: classifier = make_pipeline(StandardScaler(), PolynomialFeatures(2, include_bias=False), StandardScaler(), LogisticRegression(C=100., max_iter=2000))
-    import numpy as np
     classifier.fit(np.concatenate([s, t]), [0] * len(s) + [1] * len(t))
     inside, outside = (classifier.predict_proba(r)[:, 1] for r in (s, t))
     if inside.max() < outside.min(): refuse("target", "examples that a classifier tells from the source without error", "a target that overlaps with the source")
