@@ -61,6 +61,7 @@ class _Sum:
             flat = lambda t: t.movedim(1, 0).flatten(1, 2)
             left, right = _products(flat(self.left), flat(other.left)), flat(self.right) @ flat(other.right).mT
             return left.mul_(right).sum(0).view(len(self.left), -1, len(other.left), other.left.shape[2]).sum((1, 3))
+        if self.right.shape[2] == 1 and not self.sparse and self is other: return (self.left.square().sum(-1) * self.right.square().sum(-1)).sum((1, 2))
         return (_products(self.left.flatten(0, 1), other.left.flatten(0, 1)) * (self.right @ other.right.mT).flatten(0, 1)).sum((1, 2)).view(len(self.left), -1).sum(1)
 
     def dense(self, shape):
@@ -354,6 +355,36 @@ def mean_gradient(
     if not count: refuse("batches", "none", "at least one")
     return {k: t / count for k, t in total.items()}
 
+# %% ../../../nbs/core/18_per_example.ipynb #Sketch
+class _Sketch:
+    "Random places and signs of the rows and columns of a parameter, and what they make of its gradients."
+    def __init__(self, parameter, size, seed):
+        self.size, draw = size, torch.Generator().manual_seed(seed % 2 ** 63)
+        self.sides = []
+        for n in (parameter.shape[0] if parameter.ndim else 1, parameter[0].numel() if parameter.ndim > 1 else 1):
+            self.sides.append([t.to(parameter.device) for t in (torch.randint(size, (n,), generator=draw), torch.randint(2, (n,), generator=draw) * 2 - 1)])
+
+    def __call__(self, found):
+        "(B, size)"
+        if isinstance(found, Tensor): return self.of_dense(found)
+        return sum(self.of_sum(s) if s.right.shape[1] == 1 else self.of_dense(s.left.mT @ s.right) for s in found)
+
+    def of_dense(self, g):
+        (rows, plus), (columns, minus) = self.sides
+        places, signs = (rows[:, None] + columns).flatten() % self.size, (plus[:, None] * minus).flatten()
+        return g.new_zeros(self.size, len(g)).index_add_(0, places, (g.reshape(len(g), -1) * signs).T.contiguous()).T
+
+    def of_sum(self, s):
+        b, _, t, _ = s.right.shape
+        (rows, plus), (columns, minus) = self.sides
+        right = s.right.new_zeros(self.size, b * t).index_add_(0, columns, (s.right.reshape(b * t, -1) * minus).T.contiguous()).T
+        if s.sparse:
+            ids = s.left.flatten()
+            left = right.new_zeros(b * t, self.size).scatter_(1, rows[ids, None], plus[ids, None].to(right))
+        else: left = right.new_zeros(self.size, b * t).index_add_(0, rows, (s.left.reshape(b * t, -1) * plus).T.contiguous()).T
+        wide = lambda v: torch.fft.rfft(v.float() if v.dtype in (torch.float16, torch.bfloat16) else v.contiguous())
+        return torch.fft.irfft((wide(left) * wide(right)).view(b, t, -1).sum(1), self.size).to(right.dtype)
+
 # %% ../../../nbs/core/18_per_example.ipynb #projected_gradients
 def projected_gradients(
     network,         # a module in evaluation mode
@@ -364,19 +395,10 @@ def projected_gradients(
     generator=None,  # generator or seed of the projection; None: seed 0. The same seed, the same projection
     chunk:int|Chunk|None=64, # rows per model call
 )->Tensor:           # (N, size)
-    """Sparse random projections of the gradients: every entry is added, with a random sign, to one of `size` sums, so that inner products are kept on average (count sketch: Charikar et al. 2002).
+    """Sparse random projections of the gradients, which keep inner products on average (count sketch: Charikar et al. 2002; of outer products: Pham and Pagh 2013).
 
-    Cost: one forward and one backward pass per row, and one addition for each entry of its gradient; memory of `chunk` gradients of the largest parameter."""
+    Cost: one forward and one backward pass per row, and two Fourier transforms of length `size` for each place of each layer."""
     walk, seed = _Gradients(network, losses, parameters), seeded(generator).initial_seed()
     check_count("size", size)
-    places = {}
-    for i, (k, p) in enumerate(walk.wanted.items()): # where each entry goes: below `size` with a plus, from there on with a minus
-        places[k] = torch.randint(2 * size, (p.numel(),), generator=torch.Generator().manual_seed((seed + 1_000_003 * i) % 2 ** 63)).to(p.device)
-    def step(found):
-        sums = None
-        for k, f in found.items():
-            flat = _dense(f, walk.wanted[k].shape).flatten(1).T # a row of B numbers for each entry
-            if sums is None: sums = flat.new_zeros(2 * size, flat.shape[1])
-            sums.index_add_(0, places[k], flat.contiguous().to(sums))
-        return (sums[:size] - sums[size:]).T
-    return torch.cat(walk.over(batches, chunk, step)).detach()
+    sketches = {k: _Sketch(p, size, seed + 1_000_003 * i) for i, (k, p) in enumerate(walk.wanted.items())}
+    return torch.cat(walk.over(batches, chunk, lambda found: sum(sketches[k](f) for k, f in found.items()))).detach()
