@@ -236,7 +236,7 @@ def _merged(parts, parameter, rows):
     if all(isinstance(p, Tensor) for p in parts): return sum(parts[1:], parts[0])
     if any(isinstance(p, Tensor) for p in parts): return sum((p if isinstance(p, Tensor) else p.dense(parameter.shape)) for p in parts)
     kinds = [[p for p in parts if p.sparse == sparse] for sparse in (False, True)]
-    return [_Sum(torch.cat([p.left for p in k], 2), torch.cat([p.right for p in k], 2)) for k in kinds if k]
+    return [k[0] if len(k) == 1 else _Sum(torch.cat([p.left for p in k], 2), torch.cat([p.right for p in k], 2)) for k in kinds if k]
 
 def _dense(found, shape): return found if isinstance(found, Tensor) else sum(s.dense(shape) for s in found[1:]) + found[0].dense(shape)
 
