@@ -240,15 +240,17 @@ def _merged(parts, parameter, rows):
 
 def _dense(found, shape): return found if isinstance(found, Tensor) else sum(s.dense(shape) for s in found[1:]) + found[0].dense(shape)
 
-def _cheap(sums, others):
-    "Whether products of places cost less than gradients."
+def _cheap(sums, others, apart):
+    "Whether products of places cost less than gradients: of each example, or, `apart`, of every pair."
     a, b = sums[0], others[0]
     if len(sums) > 1 or len(others) > 1 or a.sparse or b.sparse: return True
-    return a.left.shape[2] * b.left.shape[2] * (a.left.shape[3] + a.right.shape[3]) <= max(a.left.shape[2], b.left.shape[2]) * a.left.shape[3] * a.right.shape[3]
+    (n, _, t, rows), (m, _, u, _), columns = a.left.shape, b.left.shape, a.right.shape[3]
+    if not apart: return t * (rows + columns) <= rows * columns
+    return n * m * t * u * (rows + columns) <= (n * t + m * u + n * m) * rows * columns
 
 def _squares(found, shape):
     if isinstance(found, Tensor): return found.flatten(1).square().sum(1)
-    if not _cheap(found, found): return found[0].dense(shape).flatten(1).square().sum(1)
+    if not _cheap(found, found, False): return found[0].dense(shape).flatten(1).square().sum(1)
     return sum(a.kernel(b, False) for a in found for b in found).clamp_min(0)
 
 # %% ../../../nbs/core/18_per_example.ipynb #Gradients
@@ -320,7 +322,7 @@ def gradient_dots(
 
 def _dots(a, b, shape):
     "(B, B') inner products of what was heard of one parameter."
-    if isinstance(a, Tensor) or isinstance(b, Tensor) or not _cheap(a, b): return _dense(a, shape).flatten(1) @ _dense(b, shape).flatten(1).T
+    if isinstance(a, Tensor) or isinstance(b, Tensor) or not _cheap(a, b, True): return _dense(a, shape).flatten(1) @ _dense(b, shape).flatten(1).T
     rows = len(a[0].left)
     step = max(1, 2 ** 24 // (a[0].left.shape[2] * b[0].left.shape[2] * len(b[0].left))) # products of places held at once
     return torch.cat([sum(_Sum(s.left[i:i + step], s.right[i:i + step]).kernel(t, True) for s in a for t in b) for i in range(0, rows, step)])
