@@ -137,7 +137,7 @@ def _entrywise(recorder, func, args, kwargs):
     "Sums and products of a parameter with something that has the rows first."
     if len(args) == 2 and all(isinstance(a, Tensor) for a in args):
         for parameter, other in (args, args[::-1]):
-            whole = parameter.ndim < other.ndim or parameter.ndim == other.ndim and parameter.shape[0] == 1 < recorder.rows
+            whole = parameter.ndim < other.ndim or parameter.ndim == other.ndim and parameter.shape[0] == 1
             if not whole or not other.ndim or other.shape[0] != recorder.rows: continue
             if id(parameter) in recorder.names and id(other) not in recorder.names:
                 copy = recorder.copies(parameter, other.ndim - 1) if parameter.ndim < other.ndim else recorder.copies(parameter, parameter.ndim)[:, 0]
@@ -221,6 +221,7 @@ def _heard(network, batch, losses, wanted):
     if not isinstance(value, Tensor) or value.shape != (recorder.rows,): refuse("losses", f"a {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__} for {recorder.rows} rows", "one loss for each row")
     if not value.detach().isfinite().all(): refuse("batches", "NaN or infinite losses", "finite ones")
     uses = [(name, *use) for name, used in recorder.uses.items() for use in used]
+    recorder.uses, recorder.common = {}, {} # they point at each other, and would be there until the next search for garbage
     found = {name: [] for name in wanted}
     if not uses or not value.requires_grad: return {name: p.new_zeros(recorder.rows, *p.shape) for name, p in wanted.items()}
     places = list(dict.fromkeys(place for _, place, _ in uses)) # a bias and a weight share one
@@ -285,7 +286,8 @@ class _Gradients:
         true = torch.stack([p.new_zeros(()) if g is None else g.norm() for p, g in zip(self.wanted.values(), alone)]).double()
         ours = torch.stack([_squares(_last(f), self.wanted[k].shape)[0] for k, f in found.items()]).double().sqrt()
         low = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.wanted.values())
-        wrong = (true - ours).abs() > (.05 if low else 1e-3) * true + (1e-2 if low else 1e-4) * true.norm()
+        wrong = (true - ours).abs() > (.05 if low else 1e-3) * true + (1e-2 if low else 1e-5) * true.norm()
+        wrong |= (ours == 0) & (true > 1e-12 * true.norm()) # not heard at all
         return [k for k, w in zip(found, wrong.tolist()) if w]
 
 def _last(found): return found[-1:] if isinstance(found, Tensor) else [_Sum(s.left[-1:], s.right[-1:]) for s in found]
