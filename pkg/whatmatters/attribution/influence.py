@@ -130,7 +130,7 @@ def trak(
     train,           # training examples: a batch as `core.per_example` takes it, or a list of them
     test,            # the same: what is explained
     size:int|None=512, # numbers kept of each gradient; None: nothing is projected, and kernels of whole gradients are used
-    damping:float=0.,# added to the eigenvalues of the features' second moment, as a share of their mean
+    damping:float=.1,# added to the eigenvalues of the features' second moment, as a share of their mean; the paper's is 0
     outputs=log_odds,# function (network, batch) -> (B,), whose loss is log(1 + exp(-output))
     parameters=None, # names or patterns of the parameters that count; None: all that require a gradient
     generator=None,  # generator or seed of the projections; None: seed 0
@@ -138,7 +138,7 @@ def trak(
 )->Tensor:           # (N, T), positive where the training example raises the output of the test example; what counts is their order for each test example
     """TRAK (Park et al. 2023, arXiv:2303.14186). Cost per network: two forward and one backward pass per training row, one of each per test row, and N size^2 operations; without projection N^3.
 
-    Without projection there are more features than examples, and `damping` has to be positive. Singular features are damped, and a warning says so."""
+    Without damping `size` has to stay far below N; singular features are damped, and a warning says so. Without projection `damping` has to be positive."""
     if size is not None: check_count("size", size)
     elif not damping > 0: refuse("damping", damping, "a share > 0 where nothing is projected")
     if damping < 0: refuse("damping", damping, "a share of the mean eigenvalue, not negative")
