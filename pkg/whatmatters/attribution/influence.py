@@ -130,31 +130,31 @@ def trak(
     train,           # training examples: a batch as `core.per_example` takes it, or a list of them
     test,            # the same: what is explained
     size:int|None=512, # numbers kept of each gradient; None: nothing is projected, and kernels of whole gradients are used
-    damping:float=.1,# added to the eigenvalues of the features' second moment, as a share of their mean; the paper's is 0
+    damping:float=.1,# added to the eigenvalues of the features' second moment, as a share of the mean of those that are not zero; the paper's is 0
     outputs=log_odds,# function (network, batch) -> (B,), whose loss is log(1 + exp(-output))
     parameters=None, # names or patterns of the parameters that count; None: all that require a gradient
     generator=None,  # generator or seed of the projections; None: seed 0
     chunk=64,        # rows per model call
 )->Tensor:           # (N, T), positive where the training example raises the output of the test example; what counts is their order for each test example
-    """TRAK (Park et al. 2023, arXiv:2303.14186). Cost per network: two forward and one backward pass per training row, one of each per test row, and N size^2 operations; without projection N^3.
+    """TRAK (Park et al. 2023, arXiv:2303.14186). Cost per network: two forward and one backward pass per training row, one of each per test row, and the inversion of a matrix of size N or `size`, whichever is smaller; without projection three backward passes per training row and N^2 products.
 
-    Without damping `size` has to stay far below N; singular features are damped, and a warning says so. Without projection `damping` has to be positive."""
+    Without damping `size` has to stay far below N; singular features are damped, and a warning says so."""
     if size is not None: check_count("size", size)
-    elif not damping > 0: refuse("damping", damping, "a share > 0 where nothing is projected")
     if damping < 0: refuse("damping", damping, "a share of the mean eigenvalue, not negative")
     total, slopes, seed, count = 0., 0., seeded(generator).initial_seed(), 0
     for network, _ in _each(networks, None):
         options = dict(losses=outputs, parameters=parameters, chunk=chunk)
-        if size is None:
-            kernel, cross = gradient_dots(network, train, train, **options).double(), gradient_dots(network, train, test, **options)
-            shift = damping * float(kernel.diagonal().mean())
-            new = torch.linalg.solve(kernel + shift * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device), cross.double()).to(cross)
+        if size is None: kernel, cross = gradient_dots(network, train, train, **options), gradient_dots(network, train, test, **options)
         else:
             features, asked = (projected_gradients(network, part, size, generator=seed + count, **options) for part in (train, test))
-            values, basis = torch.linalg.eigh(features.T.double() @ features.double())
-            shift = _damped(values, damping * float(values.mean()), "the second moment of the features")
-            new = features @ ((basis / (values + shift)) @ (basis.T @ asked.T.double())).to(features)
-        total, slopes, count = total + new, slopes + _slopes(network, train, outputs, chunk), count + 1
+            if len(features) > size: kernel, cross = features.T @ features, asked.T
+            else: kernel, cross = features @ features.T, features @ asked.T # the smaller of the two says the same
+        kernel, few = kernel.double(), size is None or len(features) <= size
+        shift = damping * float(kernel.diagonal().mean())
+        if not damping: shift = _damped(torch.cat([torch.linalg.eigvalsh(kernel), kernel.new_zeros(int(few))]), 0., "the second moment of the features")
+        kernel.diagonal().add_(shift)
+        new = torch.linalg.solve(kernel, cross.double()).to(cross)
+        total, slopes, count = total + (new if few else features @ new), slopes + _slopes(network, train, outputs, chunk), count + 1
     return total / count * (slopes / count)[:, None]
 
 def _slopes(network, batches, outputs, chunk):
