@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, softplus
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from whatmatters.attribution.curvature import Inverse, arnoldi, conjugate_gradients, curvature_product, ekfac, exact, sampled_losses
-from whatmatters.attribution.influence import influence, linear_datamodelling_score, log_odds, self_influence, tracin, trak
+from whatmatters.attribution.influence import draw_cells, entity_importance, influence, linear_datamodelling_score, log_odds, self_influence, tracin, trak
 from whatmatters.attribution.representers import complete, low_rank_representers, representers
 from whatmatters.core.data import load
 from whatmatters.core.ensemble import train_ensemble
@@ -386,3 +386,19 @@ def test_bad_input_of_representers_is_refused():
     with pytest.raises(ValueError, match="values: got shape"): complete(entries, draw(2), (2, 3), 1.)
     with pytest.warns(UserWarning, match="after 1 steps"): complete(entries, draw(3), (2, 3), .01, steps=1)
     with pytest.raises(ValueError, match="side: got 'left'"): low_rank_representers(entries, lambda z: z, draw(2, 3), 1., entries, "left")
+
+
+# ---- entities
+
+def test_entities_share_the_sizes_of_the_scores_of_their_cells():
+    cells = torch.stack([torch.randint(s, (50,), generator=torch.Generator().manual_seed(s)) for s in (4, 6, 3)], 1)
+    scores = draw(50)
+    shares = entity_importance(scores, cells, (4, 6, 3))
+    for mode, s in enumerate(shares):
+        torch.testing.assert_close(s, torch.stack([scores[cells[:, mode] == i].abs().sum() for i in range(len(s))]) / scores.abs().sum())
+    drawn = draw_cells(shares, 5000, generator=3)
+    assert torch.equal(drawn, draw_cells(shares, 5000, generator=3)) and drawn.shape == (5000, 3)
+    for mode, s in enumerate(shares): torch.testing.assert_close(torch.bincount(drawn[:, mode], minlength=len(s)) / 5000., s.float(), rtol=0, atol=.03)
+    with pytest.raises(ValueError, match="cells: got entities up to"): entity_importance(scores, cells, (4, 5, 3))
+    with pytest.raises(ValueError, match="scores: got zeros"): entity_importance(scores * 0, cells, (4, 6, 3))
+    with pytest.raises(ValueError, match="cells: got torch.float64"): entity_importance(scores, cells.double(), (4, 6, 3))
