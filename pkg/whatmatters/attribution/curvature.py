@@ -227,7 +227,7 @@ def sampled_losses(
     return F.cross_entropy(out, draw(out), reduction="none")
 
 # %% ../../../nbs/attribution/15_curvature.ipynb #_factors
-def _partners(found, wanted):
+def _partners(found):
     "Weights that an outer product describes -> name of the bias of the same layer and the side, left or right, on which its gradient is; or None."
     pairs = {}
     for k, f in found.items():
@@ -243,7 +243,7 @@ def _sides(f, pair):
     if pair: sides[1 - pair[1]] = F.pad(sides[1 - pair[1]], (0, 1), value=1.)
     return sides
 
-def _block(parts, name, pair, wanted):
+def _block(parts, name, pair):
     "(K, rows, columns): what belongs to a layer of vectors given by name."
     block = parts[name].flatten(2) # a convolution as a matrix
     return block if not pair else torch.cat([block, parts[pair[0]].unsqueeze(1 + (1 - pair[1]))], 1 + (1 - pair[1]))
@@ -262,16 +262,15 @@ def ekfac(
     """Eigenvalue-corrected Kronecker-factored curvature (George et al. 2018, arXiv:1806.03884; Grosse et al. 2023, arXiv:2308.03296). Cost: 2 `draws` forward and backward passes per row.
 
     Linear layers and convolutions, each with its bias; other parameters that work entry by entry, such as those of normalisation, by their mean squared gradient. Embeddings, grouped convolutions, and what no outer product describes are named in `left_out`."""
-    walk, generator, chunk = _Gradients(network, None, parameters), seeded(generator), Chunk.of(chunk, 64)
+    walk, generator, chunk, batches = _Gradients(network, None, parameters), seeded(generator), Chunk.of(chunk, 64), list(_examples(batches))
     check_count("draws", draws)
-    first = next(iter(_examples(batches)), None)
-    if first is None: refuse("batches", "none", "at least one")
-    with walk.ready(): pairs = _partners(walk.of(_rows(first, slice(0, 8))), walk.wanted)
+    if not batches: refuse("batches", "none", "at least one")
+    with walk.ready(): pairs = _partners(walk.of(_rows(batches[0], slice(0, 8))))
     alone = set(walk.alone or ())
     pairs = {k: None if pair and pair[0] in alone else pair for k, pair in pairs.items() if k not in alone}
     def each(note):
         count = 0
-        for batch in _examples(batches):
+        for batch in batches:
             for _ in range(draws):
                 with walk.ready(): chunk.over(len(_first(batch)), lambda rows: note(_heard(network, _rows(batch, rows), lambda n, b: losses(n, b, generator), walk.wanted)))
             count += draws * len(_first(batch))
@@ -309,7 +308,7 @@ def _divide(vectors, wanted, pairs, bases, values, damping):
         if k not in pairs: solved[k] = parts[k] / scale
         else:
             (left, right), pair = (bases[k, i] for i in (0, 1)), pairs[k]
-            block = left @ ((left.T @ _block(parts, k, pair, wanted) @ right) / scale) @ right.T
+            block = left @ ((left.T @ _block(parts, k, pair) @ right) / scale) @ right.T
             if pair: # the ones came last
                 rest = block[:, -1] if pair[1] else block[:, :, -1]
                 solved[pair[0]], block = rest, block[:, :-1] if pair[1] else block[:, :, :-1]
