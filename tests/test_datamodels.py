@@ -1,11 +1,17 @@
 "Datamodels, values of training examples, and the importance of items that are retrieved."
-import importlib.util
+from functools import partial
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Lasso, Ridge
 from whatmatters.attribution.coalitions import banzhaf, leave_one_out, shapley
 from whatmatters.attribution.corpus import expected_votes, importance, learn_importance, prune, ranking, retrieval_probabilities, top_k_value
-from whatmatters.core.values import seeded
+from whatmatters.attribution.datamodels import data_shapley, datamodels, dsdm, knn_shapley, random_subsets, subset_outputs, training_value
+from whatmatters.core.data import load
+from whatmatters.core.ensemble import adam, train_ensemble
+from whatmatters.core.models import score_of
+from whatmatters.core.planted import detection, planted
+from whatmatters.core.values import count_calls, seeded
 
 
 # ---- retrieval corpora
@@ -147,4 +153,173 @@ def test_what_a_corpus_refuses():
         (lambda: top_k_value(items, utilities)(torch.ones(2, 4).bool()), "masks: got shape"),
         (lambda: ranking(torch.zeros(2, 3), 4), "depth: got 4"),
         (lambda: ranking(torch.zeros(3)), "similarities: got shape")):
+        with pytest.raises(ValueError, match=words): call()
+
+
+# ---- datamodels
+
+@pytest.fixture(scope="module")
+def small():
+    train, test = load("digits")
+    return train.x[:60].flatten(1), train.y[:60], test.x[:30].flatten(1), test.y[:30]
+
+
+def linear(): return torch.nn.Linear(64, 10)
+
+
+def test_subsets_have_one_size_and_come_from_the_seed():
+    a = random_subsets(31, 50, .3, generator=4)
+    assert (a.sum(1) == 9).all() and a.dtype == torch.bool and torch.equal(a, random_subsets(31, 50, .3, generator=4))
+    assert len(a.unique(dim=0)) == 50 and (a.sum(0) > 5).all()
+
+
+def test_what_a_model_says_depends_on_its_subset_alone(small):
+    masks = torch.rand(12, 60, generator=seeded(0)) < torch.linspace(0, 1, 12)[:, None] # every size, the empty one too
+    together = subset_outputs(masks, linear, *small, epochs=3)
+    for chunk in (1, 5): torch.testing.assert_close(subset_outputs(masks, linear, *small, epochs=3, chunk=chunk), together, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(subset_outputs(masks[[7]], linear, *small, epochs=3), together[[7]], rtol=1e-3, atol=1e-3)
+    assert not masks[0].any()
+    torch.manual_seed(0)
+    torch.testing.assert_close(together[0], score_of(linear()(small[2]), small[3], "log-odds").detach(), rtol=1e-3, atol=1e-3) # untrained
+
+
+def test_a_subset_is_trained_as_it_would_be_alone(small):
+    x, y, x_test, y_test = small
+    mask = random_subsets(60, 1, generator=3)
+    alone = train_ensemble(linear, x[mask[0]], y[mask[0]], [5], epochs=4, batch_size=7, optimizer=partial(adam, lr=.03))
+    for output in ("log-odds", "loss", "probability", "logit"):
+        mine = subset_outputs(mask, linear, *small, output=output, seeds=[5], epochs=4, batch_size=7)
+        torch.testing.assert_close(mine, score_of(alone.predict(x_test), y_test[None], output), rtol=1e-3, atol=1e-4)
+    assert subset_outputs(mask, linear, *small, output="correct", seeds=[5], epochs=4, batch_size=7).mean().item() == pytest.approx(alone.accuracy(x_test, y_test).item())
+
+
+def test_the_cost_of_many_models(small):
+    built, told = [], []
+    def make():
+        built.append(1)
+        return linear()
+    subset_outputs(random_subsets(60, 40), make, *small, epochs=1, chunk=16, progress=lambda a, b: told.append((a, b)))
+    assert told == [(16, 40), (32, 40), (40, 40)] and len(built) == 4 # one to see how many classes there are, and one for each chunk: the others are copies
+
+
+@pytest.mark.parametrize("models", [30, 200])
+def test_ridge_is_that_of_sklearn_for_more_and_fewer_models_than_examples(models):
+    subsets, outputs = random_subsets(60, models, generator=1), torch.randn(models, 3, generator=seeded(2))
+    for penalty in (1e-3, 5.):
+        mine, peer = datamodels(subsets, outputs, penalty), Ridge(penalty).fit(subsets.double().numpy(), outputs.double().numpy())
+        np.testing.assert_allclose(mine.coefficients.T, peer.coef_, atol=1e-8)
+        np.testing.assert_allclose(mine.predict(subsets), peer.predict(subsets.double().numpy()), atol=1e-8)
+
+
+def test_the_penalty_is_that_of_the_smallest_generalised_error():
+    subsets, draw = random_subsets(40, 120, generator=1), seeded(0)
+    outputs = subsets.float() @ torch.randn(40, 2, generator=draw) + torch.randn(120, 2, generator=draw) * torch.tensor([.1, 5.])
+    found = datamodels(subsets, outputs)
+    assert found.penalty[1] > 10 * found.penalty[0] # noise asks for more
+    a, y = subsets.double() - subsets.double().mean(0), outputs.double() - outputs.double().mean(0)
+    def gcv(penalty, t):
+        hat = a @ torch.linalg.inv(a.T @ a + penalty * torch.eye(40)) @ a.T + 1 / 120
+        return ((y[:, t] - hat @ y[:, t]) ** 2).sum() / (1 - hat.trace() / 120) ** 2
+    for t in range(2):
+        best = gcv(found.penalty[t], t)
+        assert all(best <= gcv(found.penalty[t] * f, t) for f in (10 ** -.25, 10 ** .25, .1, 10.))
+
+
+def test_lasso_is_that_of_sklearn_and_finds_the_few_that_matter():
+    subsets = random_subsets(50, 300, generator=0)
+    outputs = (3. * subsets[:, 7] - 2. * subsets[:, 20])[:, None] + .1 * torch.randn(300, 1, generator=seeded(1))
+    fixed = datamodels(subsets, outputs, .05, "lasso")
+    np.testing.assert_allclose(fixed.coefficients[:, 0], Lasso(.05).fit(subsets.double().numpy(), outputs[:, 0].double().numpy()).coef_, atol=1e-4)
+    chosen = datamodels(subsets, outputs, kind="lasso").coefficients[:, 0]
+    assert set(chosen.abs().topk(2).indices.tolist()) == {7, 20} and chosen[7] > 2.8
+
+
+def test_a_datamodel_of_all_subsets_is_the_banzhaf_value():
+    game = torch.randn(2 ** 7, generator=seeded(0), dtype=torch.float64)
+    value = lambda m: game[(m.long() * 2 ** torch.arange(7)).sum(1)]
+    torch.testing.assert_close(datamodels(masks(7), value(masks(7))[:, None], 0).coefficients[:, 0], banzhaf(value, 7).scores)
+
+
+def test_scores_of_the_target_average_and_losses_turn_the_sign():
+    found = datamodels(random_subsets(20, 50), torch.randn(50, 4, generator=seeded(0)))
+    torch.testing.assert_close(dsdm(found), found.coefficients.mean(1))
+    torch.testing.assert_close(dsdm(found, torch.tensor([0., 2, 0, 2]), losses=True), -found.coefficients[:, [1, 3]].mean(1))
+
+
+# ---- games between examples
+
+def test_training_is_a_game_and_sources_may_be_the_players(small):
+    value = training_value(linear, *small, epochs=2)
+    assert value.players == 60
+    some = random_subsets(60, 3)
+    torch.testing.assert_close(value(some), subset_outputs(some, linear, *small, output="correct", epochs=2).mean(1))
+    grouped = training_value(linear, *small, groups=torch.arange(60) % 3, epochs=2)
+    torch.testing.assert_close(grouped(torch.tensor([[True, False, True]])), value((torch.arange(60) % 3 != 1)[None]))
+    assert leave_one_out(grouped).scores.shape == (3,)
+
+
+def test_data_shapley_without_truncation_is_the_mean_over_its_orders():
+    game = torch.randn(2 ** 6, generator=seeded(0), dtype=torch.float64)
+    counted = count_calls(lambda m: game[(m.long() * 2 ** torch.arange(6)).sum(1)])
+    found = data_shapley(counted, 400, 0, players=6, generator=1)
+    exact = shapley(counted.f, 6)
+    assert found.calls == 2 + 400 * 5 and counted.rows == found.calls
+    torch.testing.assert_close(found.scores.sum() + found.base, game[-1])
+    assert ((found.scores - exact.scores).abs() < 5 * found.error).all()
+    assert torch.equal(found.scores, data_shapley(counted.f, 400, 0, players=6, generator=1).scores)
+
+
+def test_truncation_costs_less_and_is_bounded():
+    value = count_calls(lambda m: 1 - .5 ** m.sum(1).double()) # little is left after a few
+    exact, found = data_shapley(value, 30, 0, players=20), data_shapley(value, 30, .02, players=20)
+    assert found.calls < .4 * exact.calls and (found.scores.sum() - exact.scores.sum()).abs() <= .02
+    assert data_shapley(value, 3, 0, players=4).error is None
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_neighbours_have_the_values_of_brute_force(n, k):
+    draw = seeded(n)
+    x, y, x_test, y_test = torch.randint(0, 3, (n, 2), generator=draw).float(), torch.randint(0, 3, (n,), generator=draw), torch.randn(5, 2, generator=draw), torch.randint(0, 3, (5,), generator=draw)
+    items = ranking(-torch.cdist(x_test, x, compute_mode="donot_use_mm_for_euclid_dist")) # ties too
+    value = top_k_value(items, (y[items] == y_test[:, None]).double(), k, n)
+    found = knn_shapley(x, y, x_test, y_test, k)
+    torch.testing.assert_close(found, shapley(value).scores)
+    torch.testing.assert_close(found, knn_shapley(x, y, x_test, y_test, k, chunk=2))
+    torch.testing.assert_close(found.sum(), value(torch.ones(1, n).bool())[0])
+
+
+def test_neighbours_find_wrong_labels_of_digits():
+    train, test = load("digits")
+    data = planted(train, generator=0)
+    found = detection(-knn_shapley(data.x.flatten(1), data.y, test.x.flatten(1), test.y), data)
+    assert found["noisy"] > .95 and found["off"] > .8
+
+
+def test_what_datamodels_refuse(small):
+    x, y, x_test, y_test = small
+    subsets, outputs = random_subsets(60, 10), torch.zeros(10, 2)
+    for call, words in (
+        (lambda: random_subsets(60, 10, 1.), "share: got 1.0"),
+        (lambda: subset_outputs(subsets[:, :5], linear, *small), "subsets: got torch.bool of shape"),
+        (lambda: subset_outputs(subsets.float(), linear, *small), "subsets: got torch.float32"),
+        (lambda: subset_outputs(subsets, linear, x, y[:5], x_test, y_test), "y: got shape"),
+        (lambda: subset_outputs(subsets, linear, x, y * 0, x_test, y_test), "y: got one class only"),
+        (lambda: subset_outputs(subsets, linear, x, y, x_test, y_test + 5), "y_test: got labels from"),
+        (lambda: subset_outputs(subsets, linear, x, y + 5, x_test, y_test), "y: got labels from"),
+        (lambda: subset_outputs(subsets, linear, *small, output="f1"), "output: got 'f1'"),
+        (lambda: datamodels(subsets.long(), outputs), "subsets: got torch.int64"),
+        (lambda: datamodels(subsets, outputs[:3]), "outputs: got shape"),
+        (lambda: datamodels(subsets, outputs[:, 0]), "outputs: got shape"),
+        (lambda: datamodels(subsets, outputs / 0), "outputs: got 20 NaN"),
+        (lambda: datamodels(subsets[:2], outputs[:2]), "subsets: got 2 rows"),
+        (lambda: datamodels(subsets, outputs, kind="elastic"), "kind: got 'elastic'"),
+        (lambda: datamodels(subsets, outputs, -1.), "penalty: got -1.0"),
+        (lambda: dsdm(datamodels(subsets, outputs), torch.tensor([1., -1])), "targets: got negative"),
+        (lambda: training_value(linear, *small)(subsets[:, :4]), "masks: got shape"),
+        (lambda: training_value(linear, *small, groups=torch.full((60,), -1)), "groups: got"),
+        (lambda: data_shapley(lambda m: m.sum(1), 0, players=3), "orders: got 0"),
+        (lambda: data_shapley(lambda m: m.sum(1)), "players: got None"),
+        (lambda: knn_shapley(x, y, x_test, y_test, 0), "k: got 0"),
+        (lambda: knn_shapley(x, y, x_test[:, :2], y_test), "x_test: got shape")):
         with pytest.raises(ValueError, match=words): call()
