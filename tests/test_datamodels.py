@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import Lasso, Ridge
 from whatmatters.attribution.coalitions import banzhaf, leave_one_out, shapley
-from whatmatters.attribution.corpus import expected_votes, importance, learn_importance, prune, ranking, retrieval_probabilities, top_k_value
+from whatmatters.attribution.corpus import expected_votes, importance, learn_importance, prune, ranking, relabel_negatives, retrieval_probabilities, top_k_value
 from whatmatters.attribution.datamodels import data_shapley, datamodels, dsdm, knn_shapley, random_subsets, subset_outputs, training_value
 from whatmatters.core.data import load
 from whatmatters.core.ensemble import adam, train_ensemble
@@ -132,6 +132,24 @@ def test_votes_and_pruning():
     kept = prune(torch.tensor([.1, .9, .9]), items, answers, torch.tensor([1, 1]), 1, shares=(0., .3, .4))
     assert kept.tolist() == [False, True, True]
     assert prune(torch.tensor([.5, .5, .5]), items, answers, torch.tensor([1, 1]), 1).all() # equal weights stay together
+
+
+def test_a_cascade_of_judges_asks_the_dear_one_less():
+    truth = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1]]).bool()
+    positives, negatives, heard = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0]]).bool(), torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]]).bool(), []
+    def judge(verdict):
+        def ask(pairs):
+            heard.append(pairs.tolist())
+            return verdict[pairs[:, 0], pairs[:, 1]]
+        return ask
+    lenient = truth | torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]).bool()
+    found = relabel_negatives(positives, negatives, [judge(lenient), judge(truth)])
+    assert heard == [[[0, 1], [0, 2], [1, 0], [1, 3]], [[0, 1], [0, 2], [1, 3]]] and found.asked == (4, 3)
+    assert torch.equal(found.positives, truth) and found.negatives.nonzero().tolist() == [[0, 2], [1, 0]]
+    assert relabel_negatives(positives, torch.zeros_like(positives), [judge(truth)]).asked == (0,)
+    for call, words in ((lambda: relabel_negatives(positives, positives, [judge(truth)]), "negatives: got 2 pairs"), (lambda: relabel_negatives(positives, negatives, []), "judges: got none"),
+                        (lambda: relabel_negatives(positives, negatives, [lambda pairs: pairs[:, 0]]), "judges: got an answer"), (lambda: relabel_negatives(positives, negatives.int(), []), "negatives: got torch.int32")):
+        with pytest.raises(ValueError, match=words): call()
 
 
 def test_what_a_corpus_refuses():

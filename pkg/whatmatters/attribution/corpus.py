@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ranking', 'retrieval_probabilities', 'Importance', 'importance', 'top_k_value', 'learn_importance', 'expected_votes',
-           'prune']
+           'prune', 'Relabelled', 'relabel_negatives']
 
 # %% ../../../nbs/attribution/18_corpus.ipynb #5e4d460d
 from typing import NamedTuple
@@ -187,3 +187,31 @@ def prune(
         right = float((expected_votes(kept.double(), items, answers, k).argmax(1) == targets).double().mean())
         if right >= best[0]: best = right, kept
     return best[1]
+
+# %% ../../../nbs/attribution/18_corpus.ipynb #Relabelled
+class Relabelled(NamedTuple):
+    "What a cascade of judges makes of the labels, and how many pairs each judge was asked about."
+    positives: Tensor # boolean, (Q, N): the old and the new
+    negatives: Tensor # boolean, (Q, N): those that are left
+    asked: tuple
+
+# %% ../../../nbs/attribution/18_corpus.ipynb #relabel_negatives
+def relabel_negatives(
+    positives:Tensor, # what is labelled as an answer, boolean, (Q, N)
+    negatives:Tensor, # hard negatives, boolean, (Q, N); no pair is both
+    judges,           # one after the other, cheap ones first: pairs of question and item (P, 2) -> boolean (P,), True where the item answers
+)->Relabelled:
+    "Turn hard negatives that every judge of a cascade takes for answers into positives (Thakur et al. 2025, arXiv:2505.16967). One question to the first judge per negative, to the next per pair that is flagged."
+    for name, t in (("positives", positives), ("negatives", negatives)):
+        if t.dtype != torch.bool or t.ndim != 2 or t.shape != positives.shape: refuse(name, f"{t.dtype} of shape {tuple(t.shape)}", "booleans (Q, N), both of one shape")
+    if (positives & negatives).any(): refuse("negatives", f"{int((positives & negatives).sum())} pairs that are positive too", "pairs that are not")
+    if not len(judges): refuse("judges", "none", "at least one")
+    pairs, asked = negatives.nonzero(), []
+    for judge in judges:
+        asked.append(len(pairs))
+        verdict = judge(pairs) if len(pairs) else torch.zeros(0, dtype=torch.bool)
+        if not isinstance(verdict, Tensor) or verdict.dtype != torch.bool or verdict.shape != (len(pairs),): refuse("judges", f"an answer of type {getattr(verdict, 'dtype', type(verdict).__name__)}", f"booleans ({len(pairs)},)")
+        pairs = pairs[verdict.to(pairs.device)]
+    found = torch.zeros_like(negatives)
+    found[pairs[:, 0], pairs[:, 1]] = True
+    return Relabelled(positives | found, negatives & ~found, tuple(asked))
