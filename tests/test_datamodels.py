@@ -326,6 +326,7 @@ def test_what_datamodels_refuse(small):
         (lambda: subset_outputs(subsets, linear, x, y, x_test, y_test + 5), "y_test: got labels from"),
         (lambda: subset_outputs(subsets, linear, x, y + 5, x_test, y_test), "y: got labels from"),
         (lambda: subset_outputs(subsets, linear, *small, output="f1"), "output: got 'f1'"),
+        (lambda: subset_outputs(subsets, linear, *small, seeds=[1, 2]), "seeds: got 2"),
         (lambda: datamodels(subsets.long(), outputs), "subsets: got torch.int64"),
         (lambda: datamodels(subsets, outputs[:3]), "outputs: got shape"),
         (lambda: datamodels(subsets, outputs[:, 0]), "outputs: got shape"),

@@ -57,7 +57,8 @@ def subset_outputs(
     with torch.no_grad(): classes = _initial(make, 0).to(x.device)(x[:1]).shape[-1]
     for name, t in (("y", y), ("y_test", y_test)):
         if int(t.min()) < 0 or int(t.max()) >= classes: refuse(name, f"labels from {int(t.min())} to {int(t.max())}", f"0 to {classes - 1}, the classes of the network")
-    seeds, subsets = torch.as_tensor(seeds).expand(len(subsets)).tolist(), subsets.to(x.device)
+    if (seeds := torch.as_tensor(seeds)).ndim and len(seeds) != len(subsets): refuse("seeds", f"{len(seeds)} of them", f"one, or {len(subsets)}, one per subset")
+    seeds, subsets = seeds.expand(len(subsets)).tolist(), subsets.to(x.device)
     sizes, outputs, done = subsets.sum(1), x.new_empty(len(subsets), len(x_test)), [0]
     def value(logits):
         if output == "correct": return (logits.argmax(-1) == y_test).to(x)
