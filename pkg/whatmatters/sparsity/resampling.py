@@ -91,9 +91,9 @@ def ngram_counts(
     return torch.from_numpy(np.bincount(ngrams.ids.ravel(), minlength=ngrams.buckets + 1)[:ngrams.buckets])
 
 # %% ../../../nbs/sparsity/17_resampling.ipynb #log_ratio
-def _shares(argument, counts, pseudo=0.):
+def _shares(argument, counts):
     "Counts (..., m) as shares."
-    counts = check_finite(argument, torch.as_tensor(counts)).double() + pseudo
+    counts = check_finite(argument, torch.as_tensor(counts)).double()
     if not counts.ndim or (counts < 0).any() or not (counts.sum(-1) > 0).all(): refuse(argument, "counts that are negative, or all zero", "counts of at least one n-gram")
     return counts / counts.sum(-1, keepdim=True)
 
@@ -102,11 +102,14 @@ FLOOR = 1e-8 # of a share
 def log_ratio(
     target:Tensor,    # counts of the target, (m,)
     raw:Tensor,       # counts of the raw pool, (m,)
-    pseudo:float=0.,  # added to every count of both
+    prior:float=0.,   # n-grams of the pool that are added to the target, in the pool's proportions; 0 is the paper's
 )->Tensor:            # (m,) float64
     "Log ratio of the shares of each bucket in the target and in the pool (Xie et al. 2023, arXiv:2302.03169); shares have a floor of 1e-8."
-    p, q = _shares("target", target, pseudo), _shares("raw", raw, pseudo)
+    p, q = _shares("target", target), _shares("raw", raw)
     if p.shape != q.shape: refuse("raw", f"shape {tuple(q.shape)}", f"{tuple(p.shape)}, as many buckets as the target")
+    if not 0 <= prior < torch.inf: refuse("prior", prior, "a number >= 0")
+    n = target.sum()
+    p = (n * p + prior * q) / (n + prior)
     return (p + FLOOR).log() - (q + FLOOR).log()
 
 # %% ../../../nbs/sparsity/17_resampling.ipynb #log_weights
@@ -158,10 +161,9 @@ def kl_reduction(
     target:Tensor,      # counts of targets, (..., m)
     selected:Tensor,    # counts of what was selected, broadcastable to that
     random:Tensor,      # counts of a random selection of the same size, broadcastable to that
-    pseudo:float=0.,    # added to every count of all three
 )->Tensor:              # (...), in nats; higher is nearer; the paper takes the mean over targets
     "How much nearer a selection is to a target than a random one, in Kullback-Leibler divergence of hashed n-grams (Xie et al. 2023, arXiv:2302.03169)."
-    p, s, r = (_shares(n, c, pseudo) for n, c in (("target", target), ("selected", selected), ("random", random)))
+    p, s, r = (_shares(n, c) for n, c in (("target", target), ("selected", selected), ("random", random)))
     return (p * ((s + FLOOR).log() - (r + FLOOR).log())).sum(-1)
 
 # %% ../../../nbs/sparsity/17_resampling.ipynb #read_texts
@@ -293,7 +295,7 @@ def select_shards(
     field:str="text",      # where the text of a row is
     ngrams:int=2,          # up to how many words in a row
     buckets:int=10_000,    # to hash them into
-    pseudo:float=0.,       # added to every count of target and pool
+    prior:float=0.,        # n-grams of the pool that are added to the target
     normalise:bool=False,  # weigh by the number of n-grams
     min_tokens:int=100,    # documents with fewer words are never drawn
     draw:bool=True,        # False: the highest weights, without noise
@@ -307,7 +309,7 @@ def select_shards(
     options = dict(field=field, ngrams=ngrams)
     raw = sum(map(partial(shard_counts, work=work, buckets=buckets, **options), paths))
     aim = _target_counts(target, work, dict(options, buckets=buckets))
-    ratio = log_ratio(aim, raw, pseudo)
+    ratio = log_ratio(aim, raw, prior)
     best, total = (np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)), 0 # scores, shards and rows of the best so far
     weigh = partial(shard_weights, work=work, ratio=ratio, normalise=normalise, min_tokens=min_tokens, **options)
     short, sizes = {}, []
