@@ -30,15 +30,23 @@ class Ngrams(NamedTuple):
     lengths: np.ndarray # (N,) tokens of each document
     buckets: int
 
-    def __len__(self): return len(self.lengths)
+    def rows(self,
+        which, # places of documents, or a boolean for each
+    ):         # `Ngrams`
+        "Some of the documents."
+        which = np.asarray(which)
+        if which.dtype == bool: which = which.nonzero()[0]
+        lengths, begins = self.lengths[which], (self.lengths.cumsum() - self.lengths)[which]
+        tokens = np.repeat(begins - lengths.cumsum() + lengths, lengths) + np.arange(lengths.sum())
+        return Ngrams(self.ids[tokens], lengths, self.buckets)
 
     @property
     def matrix(self):
         "Counts of every document as a `scipy.sparse` matrix, (N, buckets), for classifiers."
         from scipy.sparse import csr_array
-        rows, columns = np.repeat(np.arange(len(self)), self.lengths * self.ids.shape[1]), self.ids.ravel()
+        rows, columns = np.repeat(np.arange(len(self.lengths)), self.lengths * self.ids.shape[1]), self.ids.ravel()
         inside = columns < self.buckets
-        return csr_array((np.ones(inside.sum()), (rows[inside], columns[inside].astype(np.int64))), shape=(len(self), self.buckets))
+        return csr_array((np.ones(inside.sum()), (rows[inside], columns[inside].astype(np.int64))), shape=(len(self.lengths), self.buckets))
 
 # %% ../../../nbs/sparsity/17_resampling.ipynb #hashed_ngrams
 WORDS = re.compile(r"\w+|[^\w\s]+")
@@ -122,7 +130,7 @@ def log_weights(
     if ratio.shape != (ngrams.buckets,): refuse("ratio", f"shape {tuple(ratio.shape)}", f"({ngrams.buckets},), one number per bucket")
     empty = np.flatnonzero(ngrams.lengths == 0)
     if len(empty): refuse("ngrams", f"{len(empty)} documents without a word, the first in place {empty[0]}", "at least one word in each: there is nothing to weigh, and a sum of nothing would win")
-    if not len(ngrams): refuse("ngrams", "no documents", "at least one")
+    if not len(ngrams.lengths): refuse("ngrams", "no documents", "at least one")
     table = np.append(check_finite("ratio", ratio).double().numpy(), 0.)
     each = table[ngrams.ids].sum(1)
     total = np.add.reduceat(each, np.append(0, ngrams.lengths[:-1].cumsum()))
@@ -271,7 +279,8 @@ def shard_weights(
             rows = slice(start, start + batch)
             n = lengths[rows].sum()
             long = lengths[rows] >= min_tokens
-            if long.any(): weights[rows][long] = log_weights(Ngrams(ids[at:at + n][np.repeat(long, lengths[rows])] if not long.all() else ids[at:at + n], lengths[rows][long], len(ratio)), ratio, normalise)
+            found = Ngrams(ids[at:at + n], lengths[rows], len(ratio))
+            if long.any(): weights[rows][long] = log_weights(found if long.all() else found.rows(long), ratio, normalise)
             at += n
         _written(ready, lambda file: np.save(file, weights))
     return torch.from_numpy(np.load(ready))
