@@ -165,6 +165,17 @@ def test_an_interrupted_selection_goes_on_and_nothing_stale_is_used(tmp_path, mo
     assert seen[2:] == ["0.jsonl"] and len(again.kept["0.jsonl"]) == len(first.kept["0.jsonl"]) - 1
 
 
+def test_odd_lines_keep_their_places(tmp_path):
+    (tmp_path/"pool").mkdir()
+    lines = ["a b\rc", "\u00a0", "", "d \u2028 e", "  ", "f\x85g", "h i"]
+    (tmp_path/"pool/a.txt").write_bytes("\n".join(lines).encode())
+    assert list(read_texts(tmp_path/"pool/a.txt")) == [l + "\n" for l in lines[:2] + lines[3:4] + lines[5:6]] + ["h i"]
+    selection = select_shards(tmp_path/"pool", ["h i"], 1, tmp_path/"work", tmp_path/"out", min_tokens=1, draw=False)
+    assert (tmp_path/"out/a.txt").read_text() == "h i" and selection.short == {"a.txt": 1}
+    (tmp_path/"pool/a.txt").write_bytes(b"fine\n\xff\xfe\n")
+    with pytest.raises(ValueError, match="a.txt, line 2, which is no UTF-8"): list(read_texts(tmp_path/"pool/a.txt"))
+
+
 def test_short_documents_are_counted_and_never_drawn(tmp_path):
     pool = documents(20) + ["w1", "", "two words"]
     write(tmp_path/"pool", pool, 1)

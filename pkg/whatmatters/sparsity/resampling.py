@@ -188,15 +188,21 @@ def read_texts(
         for batch in shard.iter_batches(1024, columns=[field]):
             for text in batch.column(0): yield _text(text.as_py(), field, path, "")
     elif path.suffix == ".txt":
-        with path.open(encoding="utf-8") as lines: yield from (line for line in lines if not line.isspace())
+        for i, line in _lines(path):
+            try: yield line.decode()
+            except UnicodeDecodeError: refuse("path", f"{path.name}, line {i}, which is no UTF-8", "text in UTF-8")
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for i, line in enumerate(lines, 1):
-                if line.isspace(): continue
-                try: row = json.loads(line)
-                except ValueError: refuse("path", f"{path.name}, line {i}, which is no JSON", "an object per line")
-                yield _text(row.get(field) if isinstance(row, dict) else None, field, path, f", line {i}")
+        for i, line in _lines(path):
+            try: row = json.loads(line)
+            except ValueError: refuse("path", f"{path.name}, line {i}, which is no JSON", "an object per line")
+            yield _text(row.get(field) if isinstance(row, dict) else None, field, path, f", line {i}")
     else: refuse("path", path.name, "a .jsonl, .txt or .parquet file")
+
+def _lines(path):
+    "Numbered lines of a file as bytes, without the blank ones: the same for what reads and for what writes."
+    with path.open("rb") as lines:
+        for i, line in enumerate(lines, 1):
+            if line.strip(): yield i, line
 
 def _text(text, field, path, where):
     if not isinstance(text, str): refuse("field", f"no text named {field!r} in {path.name}{where}", "a string in every row")
@@ -360,6 +366,5 @@ def _write_kept(path, kept, out, field):
                     writer.write_batch(batch.filter(kept[at:at + len(batch)].tolist()))
                     at += len(batch)
     else:
-        def write(file):
-            with path.open("rb") as lines: file.writelines(line for line, keep in zip((l for l in lines if l.strip()), kept) if keep)
+        def write(file): file.writelines(line for (_, line), keep in zip(_lines(path), kept) if keep)
     _written(out, write)
