@@ -208,6 +208,7 @@ def _text(text, field, path, where):
     if not isinstance(text, str): refuse("field", f"no text named {field!r} in {path.name}{where}", "a string in every row")
     return text
 
+# %% ../../../nbs/sparsity/17_resampling.ipynb #_shards
 def _shards(pool):
     "The shards of a folder, or those named, in the order of their names; names differ, because documents are known by them."
     paths = sorted(p for p in Path(pool).iterdir() if p.suffix in (".jsonl", ".txt", ".parquet")) if isinstance(pool, (str, Path)) else sorted(map(Path, pool), key=lambda p: p.name)
