@@ -271,7 +271,7 @@ def shard_weights(
     ngrams:int=2,          # up to how many words in a row
     normalise:bool=False,  # by the number of n-grams
     min_tokens:int=100,    # documents with fewer words are not weighed
-    batch:int=65_536,      # documents in memory
+    batch:int=8192,        # documents in memory
 )->Tensor:                 # (N,) float64, -inf where a document is too short
     "Weigh the documents of a shard from the buckets in the work folder, unless that is done; hash it first where it has not been."
     check_count("min_tokens", min_tokens)
