@@ -178,7 +178,7 @@ def test_odd_lines_keep_their_places(tmp_path):
 
 def test_memory_is_that_of_a_batch(tmp_path):
     import tracemalloc
-    write(tmp_path/"pool", documents(400, words=100) * 4, 1)
+    write(tmp_path/"pool", documents(400, words=100) * 6, 1)
     path, size = tmp_path/"pool/0.jsonl", (tmp_path/"pool/0.jsonl").stat().st_size
     shard_counts(path, tmp_path/"warm", batch=32)
     tracemalloc.start()
@@ -186,7 +186,7 @@ def test_memory_is_that_of_a_batch(tmp_path):
     shard_weights(path, tmp_path/"work", counts / counts.sum() - 1e-4, batch=32)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < size / 3  # the text alone is `size` bytes
+    assert peak < size / 2  # the text alone is `size` bytes
 
 
 def test_short_documents_are_counted_and_never_drawn(tmp_path):
