@@ -7,7 +7,8 @@ __all__ = ['uncertainty', 'rare_probability', 'temperature', 'inhibited_log_soft
            'dropout_probabilities', 'disagreement', 'trust_score', 'k_center', 'badge', 'contrastive', 'acquire',
            'collective_outliers', 'Round', 'Labeled', 'label_in_rounds', 'area']
 
-# %% ../../../nbs/sparsity/20_labeling.ipynb #45772406
+# %% ../../../nbs/sparsity/20_labeling.ipynb #05f56dd6
+from functools import partial
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
@@ -237,11 +238,12 @@ def collective_outliers(
 
 # %% ../../../nbs/sparsity/20_labeling.ipynb #Round
 class Round(NamedTuple):
-    "What a rule is told: logits (committee, N, C) for the whole pool, inputs, labels (-1 where unknown), what has a label, what may get one, how many will, a generator, and `network()`, the first of the committee as a module."
+    "What a rule is told: logits (committee, N, C) for the whole pool, inputs, labels (-1 where unknown), what has a label, which of those no network was trained on, what may get one, how many will, a generator, and `network()`, the first of the committee as a module."
     logits: Tensor
     x: Tensor
     y: Tensor
     labeled: Tensor
+    held: Tensor
     valid: Tensor
     k: int
     generator: torch.Generator
@@ -295,7 +297,7 @@ def label_in_rounds(
         if done == rounds: break
         logits = pool.predict(ensemble, which % len(seeds)).unflatten(0, (-1, committee))
         chosen = [_choose(rules[names[m // len(seeds)]], logits[m], pool, m % len(seeds), order[m], k, skips.get(names[m // len(seeds)], 0.), (valid or {}).get(names[m // len(seeds)]),
-                          seeds[m % len(seeds)], _member(ensemble, m * committee)) for m in own]
+                          seeds[m % len(seeds)], held, partial(ensemble.member, m * committee)) for m in own]
         order = torch.cat([order, torch.stack(chosen)], 1)
     curves = torch.stack(measured, 1).unflatten(0, (len(names), -1))
     found = Labeled(dict(zip(names, curves)), dict(zip(names, order.view(len(names), len(seeds), -1))))
@@ -336,19 +338,17 @@ def _first(after, start, pool, seeds, names):
         first = torch.stack([torch.randperm(pool.n, generator=seeded(s))[:start] for s in seeds])
     return first.to(pool.y.device).repeat(len(names), 1)
 
-def _choose(rule, logits, pool, s, order, k, skip, allowed, seed, network):
+def _choose(rule, logits, pool, s, order, k, skip, allowed, seed, held, network):
     "Ask one rule for one seed."
     rows = slice(int(pool.offset[s]), int(pool.offset[s]) + pool.n)
-    labeled = torch.zeros(pool.n, dtype=torch.bool, device=logits.device).index_fill(0, order, True)
+    labeled, apart = (torch.zeros(pool.n, dtype=torch.bool, device=logits.device).index_fill(0, o, True) for o in (order, order[:held]))
     room = ~labeled if allowed is None else ~labeled & (allowed[s] if allowed.ndim == 2 else allowed)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + len(order)) # of this round: a loop that goes on later draws the same
-    told = Round(logits, pool.x[rows], torch.where(labeled, pool.y[rows], -1), labeled, room, k, generator, network)
+    told = Round(logits, pool.x[rows], torch.where(labeled, pool.y[rows], -1), labeled, apart, room, k, generator, network)
     scores = rule(told)
     if scores.shape != (pool.n,): refuse("rules", f"scores of shape {tuple(scores.shape)}", f"({pool.n},), one for each example of the pool")
     found = acquire(scores, k, skip, room).nonzero()[:, 0]
     return found[scores[found].argsort(descending=True, stable=True)]
-
-def _member(ensemble, i): return lambda: ensemble.member(i)
 
 # %% ../../../nbs/sparsity/20_labeling.ipynb #area
 def area(
