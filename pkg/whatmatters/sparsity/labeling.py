@@ -85,9 +85,10 @@ def evidential_loss(
     logits:Tensor,       # (B, C)
     targets:Tensor,      # classes, (B,)
     weight:float=.1,     # of the evidence for wrong classes; the paper raises it over the epochs from 0 to 1
+    evidence=torch.relu, # makes logits not negative
 )->Tensor:               # (B,)
     "Expected squared error under the Dirichlet, and its divergence from the flat one without the true class (Sensoy et al. 2018, arXiv:1806.01768, equation 5). No model calls."
-    alpha = logits.relu() + 1
+    alpha = evidence(logits) + 1
     total, truth = alpha.sum(-1, keepdim=True), one_hot(targets, logits.shape[-1]).to(alpha)
     mean = alpha / total
     error = ((truth - mean).square() + mean * (1 - mean) / (total + 1)).sum(-1)
@@ -98,10 +99,11 @@ def evidential_loss(
 
 # %% ../../../nbs/sparsity/20_labeling.ipynb #evidential_uncertainty
 def evidential_uncertainty(
-    logits:Tensor, # (..., C), of a network trained with `evidential_loss`
-)->Tensor:         # (...), in (0, 1], 1 without any evidence
+    logits:Tensor,       # (..., C), of a network trained with `evidential_loss`
+    evidence=torch.relu, # as in the loss
+)->Tensor:               # (...), in (0, 1], 1 without any evidence
     "Classes over the sum of the Dirichlet's parameters (Sensoy et al. 2018, arXiv:1806.01768). No model calls."
-    return logits.shape[-1] / (logits.relu() + 1).sum(-1)
+    return logits.shape[-1] / (evidence(logits) + 1).sum(-1)
 
 # %% ../../../nbs/sparsity/20_labeling.ipynb #dropout_probabilities
 def dropout_probabilities(
