@@ -7,14 +7,14 @@ __all__ = ['each_cross_entropy', 'Step', 'weighted_step', 'Scored', 'flyt', 'sta
            'Bigrams', 'bigrams', 'bigram_perplexity', 'keep_probability', 'Preferences',
            'rejecting_instruction_preferences']
 
-# %% ../../../nbs/sparsity/18_mixing.ipynb #a9d5878f
+# %% ../../../nbs/sparsity/18_mixing.ipynb #edcef15f
 import math
 import zlib
 from functools import partial
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
-from torch.func import functional_call, grad, grad_and_value, jvp
+from torch.func import functional_call, grad, grad_and_value
 from torch.nn.functional import cross_entropy
 from ..core.keep import top
 from ..core.values import check_count, check_finite, check_rows, refuse, seeded
@@ -40,15 +40,16 @@ def weighted_step(
 )->Step:
     """One step of gradient descent on a weighted batch, and what every weight did to the loss downstream (FLYT: Shechter, Carmon 2025, arXiv:2503.08805).
 
-    Cost: forward and backward of batch and downstream data, and a forward-mode pass of the batch."""
+    Cost: forward and backward of batch and downstream data, and backward through the batch's backward pass."""
     check_rows("weights", weights, batch[0]), check_finite("weights", weights)
     if parameters is None: parameters = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
     losses = lambda p, data: loss(functional_call(network, p, (data[0],)), data[1])
-    gradient = grad(lambda p: (weights.detach() * losses(p, batch)).sum())(parameters)
-    after = {n: p - rate * gradient[n] for n, p in parameters.items()}
-    direction, value = grad_and_value(lambda p: losses(p, downstream).mean())(after)
-    slope = jvp(lambda p: losses(p, batch), (parameters,), (direction,))[1]
-    return Step(-rate * slope, value.detach(), {n: p.detach() for n, p in after.items()})
+    def downstream_loss(weights):
+        gradient = grad(lambda p: (weights * losses(p, batch)).sum())(parameters)
+        after = {n: p - rate * gradient[n] for n, p in parameters.items()}
+        return losses(after, downstream).mean(), after
+    gradient, (value, after) = grad_and_value(downstream_loss, has_aux=True)(weights.detach())
+    return Step(gradient, value.detach(), {n: p.detach() for n, p in after.items()})
 
 # %% ../../../nbs/sparsity/18_mixing.ipynb #Scored
 class Scored(NamedTuple):
