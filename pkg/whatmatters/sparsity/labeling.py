@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['uncertainty', 'rare_probability', 'temperature', 'inhibited_log_softmax', 'evidential_loss', 'evidential_uncertainty',
            'dropout_probabilities', 'disagreement', 'trust_score', 'k_center', 'badge', 'contrastive', 'acquire',
-           'collective_outliers', 'Round', 'Labeled', 'label_in_rounds', 'area']
+           'collective_outliers', 'complementary_loss', 'bidirectional_uncertainty', 'Round', 'Labeled',
+           'label_in_rounds', 'area']
 
 # %% ../../../nbs/sparsity/20_labeling.ipynb #05f56dd6
 from functools import partial
@@ -237,6 +238,36 @@ def collective_outliers(
         if t.ndim != 1 or t.shape != confidence.shape: refuse(name, f"shape {tuple(t.shape)}", "(N,), the same for both")
         if not ((check_finite(name, t) >= 0) & (t <= 1)).all(): refuse(name, f"values in [{float(t.min()):.3g}, {float(t.max()):.3g}]", "values in [0, 1]")
     return top(-(confidence * variability), ratio=ratio, per="tensor")
+
+# %% ../../../nbs/sparsity/20_labeling.ipynb #complementary_loss
+def complementary_loss(
+    logits:Tensor,     # (B, C)
+    targets:Tensor,    # classes, (B,); of an example without a label a random one
+    generator=None,    # generator or seed of the complementary classes; None: seed 0
+)->Tensor:             # (B,)
+    "Loss of a random class other than the target, -log(1 - p): negative learning (Kim et al. 2019, arXiv:1908.07387) as in Zong et al. (2024, arXiv:2402.15198). No model calls."
+    _check_targets(targets, logits)
+    generator, classes = seeded(generator), logits.shape[-1]
+    other = (targets + torch.randint(1, classes, targets.shape, generator=generator, device=generator.device).to(targets.device)) % classes
+    return -torch.log1p(-logits.softmax(-1).gather(1, other[:, None])[:, 0].clamp_max(1 - 1e-5))
+
+# %% ../../../nbs/sparsity/20_labeling.ipynb #bidirectional_uncertainty
+def bidirectional_uncertainty(
+    positive:Tensor,          # probabilities of the network that learnt from labels, of the pool, (N, C)
+    negative:Tensor,          # of the one that learnt from complementary labels, (N, C); may be a sum over its epochs
+    unknown:Tensor|None=None, # how much each example is taken for an unknown class, (N,), any scale; None: not known yet
+    precision:float=1.,       # share of known classes in the last query; 0 before the first
+)->Tensor:                    # (N,), higher is labelled sooner
+    "Sum of two confidences, each from 0 to 1 over the pool, negated (Zong et al. 2024, arXiv:2402.15198). No model calls."
+    if not 0 <= precision <= 1: refuse("precision", precision, "a share in [0, 1]")
+    check_rows("negative", negative, positive)
+    def scaled(t):
+        low, high = check_finite("probabilities", t).min(), t.max()
+        return (t - low) / (high - low).clamp_min(1e-12)
+    p, n = scaled(positive.amax(-1)), scaled(negative.amax(-1))
+    if unknown is None: return -(n + precision * p)
+    w = scaled(check_rows("unknown", unknown, positive))
+    return -(w * n + precision * (1 - w) * p)
 
 # %% ../../../nbs/sparsity/20_labeling.ipynb #Round
 class Round(NamedTuple):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['each_cross_entropy', 'Step', 'weighted_step', 'Scored', 'flyt', 'standardise', 'soft_cap_sampling', 'hashed_words',
            'Bigrams', 'bigrams', 'bigram_perplexity', 'keep_probability', 'Preferences',
-           'rejecting_instruction_preferences']
+           'rejecting_instruction_preferences', 'Candidates', 'candidate_statistics']
 
-# %% ../../../nbs/sparsity/18_mixing.ipynb #edcef15f
+# %% ../../../nbs/sparsity/18_mixing.ipynb #a2725d84
 import math
 import zlib
 from functools import partial
@@ -17,6 +17,7 @@ from torch import nn, Tensor
 from torch.func import functional_call, grad, grad_and_value
 from torch.nn.functional import cross_entropy
 from ..core.keep import top
+from ..core.stats import correlation
 from ..core.values import check_count, check_finite, check_rows, refuse, seeded
 
 # %% ../../../nbs/sparsity/18_mixing.ipynb #Step
@@ -251,3 +252,19 @@ def rejecting_instruction_preferences(
     size, apart = lengths.gather(1, worst)[:, 0], high - low
     at_least = lambda t, share: t.double() >= t.double().quantile(share)
     return Preferences(low, size, apart, high, at_least(low, reward) & at_least(size, length) & (apart.double() <= apart.double().quantile(1 - gap)))
+
+# %% ../../../nbs/sparsity/18_mixing.ipynb #Candidates
+class Candidates(NamedTuple):
+    "Of each set (N,): best less worst by the metric, and one minus the rank correlation of likelihood and metric, from 0 (agree) to 2."
+    margin: Tensor
+    surprise: Tensor
+
+# %% ../../../nbs/sparsity/18_mixing.ipynb #candidate_statistics
+def candidate_statistics(
+    likelihood:Tensor, # of each candidate under the model, (N, K), higher is likelier, as a mean over its tokens
+    metric:Tensor,     # of each candidate, (N, K), higher is better
+)->Candidates:
+    "What decides whether a set of candidates is good to calibrate on (Adams et al. 2023, arXiv:2305.07615): keep wide margins and low surprise. No model calls."
+    if likelihood.ndim != 2 or likelihood.shape[1] < 2 or metric.shape != likelihood.shape: refuse("likelihood, metric", f"shapes {tuple(likelihood.shape)} and {tuple(metric.shape)}", "(sets, candidates) twice, at least two candidates")
+    check_finite("metric", metric)
+    return Candidates(metric.amax(1) - metric.amin(1), 1 - correlation(check_finite("likelihood", likelihood), metric).to(metric))
