@@ -25,7 +25,7 @@ def uncertainty(
 )->Tensor:                # (..., N), higher is less sure
     "How unsure a model is of each example: entropy, margin or least confidence (Lewis, Gale 1994, arXiv:cmp-lg/9407020). No model calls."
     _check_probabilities(probabilities)
-    if kind == "entropy": return -torch.xlogy(probabilities, probabilities).sum(-1)
+    if kind == "entropy": return torch.special.entr(probabilities).sum(-1)
     if kind == "confidence": return 1 - probabilities.amax(-1)
     if kind != "margin": refuse("kind", repr(kind), '"entropy", "margin" or "confidence"')
     best = probabilities.topk(2, -1).values
@@ -354,7 +354,7 @@ class _Pool:
 
     def measure(self, ensemble, seed, measure):
         x, y = self.test
-        out = ensemble.predict(lambda g, rows: x[seed[g.cpu()][:, None], rows], n=y.shape[1]) if self.own else ensemble.predict(x)
+        out = ensemble.predict(lambda g, rows: x[seed[g.cpu()][:, None].to(rows.device), rows], n=y.shape[1]) if self.own else ensemble.predict(x)
         y = y[seed] if self.own else y.expand(len(out), -1)
         return (out.argmax(-1) == y).double().mean(1) if measure is None else measure(out, y)
 
