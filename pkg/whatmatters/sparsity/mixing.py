@@ -118,10 +118,10 @@ def soft_cap_sampling(
     if min(batch, k) > len(scores): refuse("batch", batch, f"at most {len(scores)}, the examples that there are")
     generator, logits = seeded(generator), scores.double()
     counts = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-    while (left := k - int(counts.sum())) > 0:
+    for done in range(0, k, batch):
         uniform = torch.rand(len(scores), generator=generator, device=generator.device, dtype=torch.float64).to(scores.device)
         keys = logits - torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16))) # the highest of these are draws without replacement (Gumbel)
-        drawn = top(keys[None], min(batch, left), valid=(counts == 0)[None] if once else None)[0]
+        drawn = top(keys[None], min(batch, k - done), valid=(counts == 0)[None] if once else None)[0]
         counts += drawn
         if not once: logits = logits - penalty * drawn
     return counts
