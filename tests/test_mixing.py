@@ -102,6 +102,8 @@ def test_bigrams_prefer_what_they_saw_and_padding_counts_nothing():
 def test_probabilities_keep_the_share_and_do_not_depend_on_the_unit(kind):
     p = torch.rand(500, generator=torch.Generator().manual_seed(0)).add(.5).pow(3)
     for share in (.05, .2, .9, 1.):
+        far = mx.keep_probability(torch.cat([p, p * 1e4]), kind, share / 4)  # a tail in which the Gaussian underflows
+        assert float(far.double().mean()) == pytest.approx(share / 4, abs=1e-4)
         kept = mx.keep_probability(p, kind, share)
         assert float(kept.double().mean()) == pytest.approx(share, abs=1e-4) and kept.max() <= 1 and kept.min() >= 0
     assert torch.allclose(mx.keep_probability(p, kind), mx.keep_probability(p * 100, kind), atol=1e-5)

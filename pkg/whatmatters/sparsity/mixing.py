@@ -214,11 +214,11 @@ def keep_probability(
     else: refuse("kind", repr(kind), '"gaussian" or "stepwise"')
     if share is None: return (weight * (height if factor is None else factor)).clamp(0, 1).to(perplexity)
     if not 0 < share <= 1: refuse("share", share, "a share in (0, 1]")
-    low, high = (torch.zeros_like(q2), 1 / weight.clamp_min(1e-300).min())
-    for _ in range(200): # of the factors the one that keeps the share, where no probability is above one
-        middle = (low + high) / 2
-        low, high = (middle, high) if (weight * middle).clamp_max(1).mean() < share else (low, middle)
-    return (weight * high).clamp_max(1).to(perplexity)
+    ordered, n = weight.clamp_min(1e-300).sort(descending=True).values, len(weight) # a far tail underflows
+    rest = ordered.flip(0).cumsum(0).flip(0)
+    factors = (share * n - torch.arange(n, device=rest.device)).clamp_min(0) / rest # if so many, the highest, are kept for certain
+    at = int((factors * ordered <= 1 + 1e-12).int().argmax())
+    return (weight.clamp_min(1e-300) * factors[at]).clamp_max(1).to(perplexity)
 
 # %% ../../../nbs/sparsity/18_mixing.ipynb #Preferences
 class Preferences(NamedTuple):
