@@ -31,7 +31,7 @@ def veracity_scores(
         if (t < 0).any(): refuse(name, f"{float(t.min()):.3g} at least", "no negative spreads")
         return t.clamp_min(float(residual.max()) * 1e-6 + 1e-300)
     u, s = spread("epistemic", epistemic), spread("aleatoric", aleatoric)
-    kinds = dict(arithmetic=lambda: u + s, geometric=lambda: (u * s).sqrt(), epistemic=lambda: u, aleatoric=lambda: s, residual=lambda: 1.)
+    kinds = dict(arithmetic=lambda: u + s, geometric=lambda: u.sqrt() * s.sqrt(), epistemic=lambda: u, aleatoric=lambda: s, residual=lambda: 1.)
     if kind not in kinds: refuse("kind", repr(kind), f"one of {', '.join(kinds)}")
     return residual / kinds[kind]()
 
