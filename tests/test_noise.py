@@ -50,14 +50,14 @@ def test_bad_input_of_first_learned_is_refused(correct, k, match):
 def test_late_stopping_removes_wrong_labels_and_keeps_count():
     x, y, truth, wrong = blobs()
     told = []
-    stopped = late_stopping(net, x, y, [0, 1], rounds=3, share=.92, epochs=60, final=15, optimizer=fast, batch_size=32, progress=lambda *at: told.append(at))
+    stopped = late_stopping(net, x, y, [0, 1], rounds=3, share=.92, epochs=50, final=5, optimizer=fast, batch_size=32, progress=lambda *at: told.append(at))
     assert told == [(1, 3), (2, 3), (3, 3)] and stopped.kept.shape == (2, 150) and len(stopped.ensemble) == 2
     assert torch.equal(stopped.kept, stopped.rounds == 0) and stopped.rounds.max() <= 3
     for r in range(1, 4): # at least the share that is asked for stays, in each round
         before, after = (stopped.rounds == 0) | (stopped.rounds >= r), (stopped.rounds == 0) | (stopped.rounds > r)
         assert (after.sum(1) >= (before.sum(1) * .92).floor()).all()
     for removed in ~stopped.kept: assert removed.any() and wrong[removed].double().mean() > .7
-    again = late_stopping(net, x, y, [0, 1], rounds=3, share=.92, epochs=60, final=15, optimizer=fast, batch_size=32)
+    again = late_stopping(net, x, y, [0, 1], rounds=3, share=.92, epochs=50, final=5, optimizer=fast, batch_size=32)
     assert torch.equal(again.rounds, stopped.rounds) and torch.equal(again.ensemble.predict(x), stopped.ensemble.predict(x))
 
 
@@ -120,7 +120,7 @@ def test_cleanlab_counts_and_ranks_alike():
     p, y, wrong = probabilities()
     told = confident_learning(p, y)
     joint = count.estimate_joint(y.numpy(), p.numpy(), confident_joint=count.compute_confident_joint(y.numpy(), p.numpy(), calibrate=False))
-    torch.testing.assert_close(told.joint, torch.from_numpy(joint), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(told.joint, torch.from_numpy(joint), atol=1 / 400, rtol=0) # the peer rounds to whole examples
     peer = filter.find_label_issues(y.numpy(), p.numpy(), filter_by="confident_learning")
     assert (told.errors.numpy() == peer).mean() > .99
     margin = rank.get_normalized_margin_for_each_label(y.numpy(), p.numpy()) # (p_y - largest other + 1) / 2
@@ -245,7 +245,7 @@ def test_all_tokens_is_plain_fine_tuning(name):
     optimizer = torch.optim.SGD(network.train().parameters(), lr=.01)
     for step in range(2):
         out = network(**b).loss
-        assert abs(float(out) - tuned.losses[step]) < 1e-4
+        assert abs(out.item() - tuned.losses[step]) < 1e-4
         out.backward(), optimizer.step(), optimizer.zero_grad()
     for p, q in zip(network.parameters(), tuned.network.parameters()): torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 

@@ -150,14 +150,14 @@ def error_norms(
     logits:Tensor,  # (..., V)
     targets:Tensor, # whole numbers, (...)
     ignore:int=-100,# a target that is none, as of padding
-)->Tensor:          # (...), in [0, sqrt 2], 0 where there is no target; high is suspicious
+)->Tensor:          # (...), single precision, in [0, sqrt 2], 0 where there is no target; high is suspicious
     "Distance of the predicted distribution to the token that came (Li et al. 2024, arXiv:2310.00840). No model calls; memory of one more copy of the logits."
     given = _check_targets(logits, targets, ignore)
-    log_p = logits.float().log_softmax(-1)
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     at = targets.clamp_min(0)[..., None]
-    own = -log_p.gather(-1, at)[..., 0].expm1() # 1 - p of the target, without loss of digits
+    own = -log_p.gather(-1, at)[..., 0].expm1() # 1 - p of the target
     others = torch.linalg.vector_norm(log_p.exp_().scatter_(-1, at, 0.), dim=-1)
-    return torch.where(given, torch.hypot(own, others), 0.)
+    return torch.where(given, torch.hypot(own, others), 0.).float()
 
 def _check_targets(logits, targets, ignore):
     if logits.ndim < 2 or targets.shape != logits.shape[:-1] or targets.is_floating_point(): refuse("targets", f"{targets.dtype} of shape {tuple(targets.shape)}", f"whole numbers of shape {tuple(logits.shape[:-1])}")
