@@ -61,6 +61,7 @@ class _Sum:
             flat = lambda t: t.movedim(1, 0).flatten(1, 2)
             left, right = _products(flat(self.left), flat(other.left)), flat(self.right) @ flat(other.right).mT
             return left.mul_(right).sum(0).view(len(self.left), -1, len(other.left), other.left.shape[2]).sum((1, 3))
+        if self.right.shape[2] == 1 and not self.sparse and self is other: return (self.left.square().sum(-1) * self.right.square().sum(-1)).sum((1, 2))
         return (_products(self.left.flatten(0, 1), other.left.flatten(0, 1)) * (self.right @ other.right.mT).flatten(0, 1)).sum((1, 2)).view(len(self.left), -1).sum(1)
 
     def dense(self, shape):
@@ -136,7 +137,7 @@ def _entrywise(recorder, func, args, kwargs):
     "Sums and products of a parameter with something that has the rows first."
     if len(args) == 2 and all(isinstance(a, Tensor) for a in args):
         for parameter, other in (args, args[::-1]):
-            whole = parameter.ndim < other.ndim or parameter.ndim == other.ndim and parameter.shape[0] == 1 < recorder.rows
+            whole = parameter.ndim < other.ndim or parameter.ndim == other.ndim and parameter.shape[0] == 1
             if not whole or not other.ndim or other.shape[0] != recorder.rows: continue
             if id(parameter) in recorder.names and id(other) not in recorder.names:
                 copy = recorder.copies(parameter, other.ndim - 1) if parameter.ndim < other.ndim else recorder.copies(parameter, parameter.ndim)[:, 0]
@@ -220,6 +221,7 @@ def _heard(network, batch, losses, wanted):
     if not isinstance(value, Tensor) or value.shape != (recorder.rows,): refuse("losses", f"a {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__} for {recorder.rows} rows", "one loss for each row")
     if not value.detach().isfinite().all(): refuse("batches", "NaN or infinite losses", "finite ones")
     uses = [(name, *use) for name, used in recorder.uses.items() for use in used]
+    recorder.uses, recorder.common = {}, {} # they point at each other, and would be there until the next search for garbage
     found = {name: [] for name in wanted}
     if not uses or not value.requires_grad: return {name: p.new_zeros(recorder.rows, *p.shape) for name, p in wanted.items()}
     places = list(dict.fromkeys(place for _, place, _ in uses)) # a bias and a weight share one
@@ -235,19 +237,21 @@ def _merged(parts, parameter, rows):
     if all(isinstance(p, Tensor) for p in parts): return sum(parts[1:], parts[0])
     if any(isinstance(p, Tensor) for p in parts): return sum((p if isinstance(p, Tensor) else p.dense(parameter.shape)) for p in parts)
     kinds = [[p for p in parts if p.sparse == sparse] for sparse in (False, True)]
-    return [_Sum(torch.cat([p.left for p in k], 2), torch.cat([p.right for p in k], 2)) for k in kinds if k]
+    return [k[0] if len(k) == 1 else _Sum(torch.cat([p.left for p in k], 2), torch.cat([p.right for p in k], 2)) for k in kinds if k]
 
 def _dense(found, shape): return found if isinstance(found, Tensor) else sum(s.dense(shape) for s in found[1:]) + found[0].dense(shape)
 
-def _cheap(sums, others):
-    "Whether products of places cost less than gradients."
+def _cheap(sums, others, apart):
+    "Whether products of places cost less than gradients: of each example, or, `apart`, of every pair."
     a, b = sums[0], others[0]
     if len(sums) > 1 or len(others) > 1 or a.sparse or b.sparse: return True
-    return a.left.shape[2] * b.left.shape[2] * (a.left.shape[3] + a.right.shape[3]) <= max(a.left.shape[2], b.left.shape[2]) * a.left.shape[3] * a.right.shape[3]
+    (n, _, t, rows), (m, _, u, _), columns = a.left.shape, b.left.shape, a.right.shape[3]
+    if not apart: return t * (rows + columns) <= rows * columns
+    return n * m * t * u * (rows + columns) <= (n * t + m * u + n * m) * rows * columns
 
 def _squares(found, shape):
     if isinstance(found, Tensor): return found.flatten(1).square().sum(1)
-    if not _cheap(found, found): return found[0].dense(shape).flatten(1).square().sum(1)
+    if not _cheap(found, found, False): return found[0].dense(shape).flatten(1).square().sum(1)
     return sum(a.kernel(b, False) for a in found for b in found).clamp_min(0)
 
 # %% ../../../nbs/core/18_per_example.ipynb #Gradients
@@ -282,7 +286,8 @@ class _Gradients:
         true = torch.stack([p.new_zeros(()) if g is None else g.norm() for p, g in zip(self.wanted.values(), alone)]).double()
         ours = torch.stack([_squares(_last(f), self.wanted[k].shape)[0] for k, f in found.items()]).double().sqrt()
         low = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.wanted.values())
-        wrong = (true - ours).abs() > (.05 if low else 1e-3) * true + (1e-2 if low else 1e-4) * true.norm()
+        wrong = (true - ours).abs() > (.05 if low else 1e-3) * true + (1e-2 if low else 1e-5) * true.norm()
+        wrong |= (ours == 0) & (true > 1e-12 * true.norm()) # not heard at all
         return [k for k, w in zip(found, wrong.tolist()) if w]
 
 def _last(found): return found[-1:] if isinstance(found, Tensor) else [_Sum(s.left[-1:], s.right[-1:]) for s in found]
@@ -319,7 +324,7 @@ def gradient_dots(
 
 def _dots(a, b, shape):
     "(B, B') inner products of what was heard of one parameter."
-    if isinstance(a, Tensor) or isinstance(b, Tensor) or not _cheap(a, b): return _dense(a, shape).flatten(1) @ _dense(b, shape).flatten(1).T
+    if isinstance(a, Tensor) or isinstance(b, Tensor) or not _cheap(a, b, True): return _dense(a, shape).flatten(1) @ _dense(b, shape).flatten(1).T
     rows = len(a[0].left)
     step = max(1, 2 ** 24 // (a[0].left.shape[2] * b[0].left.shape[2] * len(b[0].left))) # products of places held at once
     return torch.cat([sum(_Sum(s.left[i:i + step], s.right[i:i + step]).kernel(t, True) for s in a for t in b) for i in range(0, rows, step)])
@@ -354,6 +359,36 @@ def mean_gradient(
     if not count: refuse("batches", "none", "at least one")
     return {k: t / count for k, t in total.items()}
 
+# %% ../../../nbs/core/18_per_example.ipynb #Sketch
+class _Sketch:
+    "Random places and signs of the rows and columns of a parameter, and what they make of its gradients."
+    def __init__(self, parameter, size, seed):
+        self.size, draw = size, torch.Generator().manual_seed(seed % 2 ** 63)
+        self.sides = []
+        for n in (parameter.shape[0] if parameter.ndim else 1, parameter[0].numel() if parameter.ndim > 1 else 1):
+            self.sides.append([t.to(parameter.device) for t in (torch.randint(size, (n,), generator=draw), torch.randint(2, (n,), generator=draw) * 2 - 1)])
+
+    def __call__(self, found):
+        "(B, size)"
+        if isinstance(found, Tensor): return self.of_dense(found)
+        return sum(self.of_sum(s) if s.right.shape[1] == 1 else self.of_dense(s.left.mT @ s.right) for s in found)
+
+    def of_dense(self, g):
+        (rows, plus), (columns, minus) = self.sides
+        places, signs = (rows[:, None] + columns).flatten() % self.size, (plus[:, None] * minus).flatten()
+        return g.new_zeros(self.size, len(g)).index_add_(0, places, (g.reshape(len(g), -1) * signs).T.contiguous()).T
+
+    def of_sum(self, s):
+        b, _, t, _ = s.right.shape
+        (rows, plus), (columns, minus) = self.sides
+        right = s.right.new_zeros(self.size, b * t).index_add_(0, columns, (s.right.reshape(b * t, -1) * minus).T.contiguous()).T
+        if s.sparse:
+            ids = s.left.flatten()
+            left = right.new_zeros(b * t, self.size).scatter_(1, rows[ids, None], plus[ids, None].to(right))
+        else: left = right.new_zeros(self.size, b * t).index_add_(0, rows, (s.left.reshape(b * t, -1) * plus).T.contiguous()).T
+        wide = lambda v: torch.fft.rfft(v.float() if v.dtype in (torch.float16, torch.bfloat16) else v.contiguous())
+        return torch.fft.irfft((wide(left) * wide(right)).view(b, t, -1).sum(1), self.size).to(right.dtype)
+
 # %% ../../../nbs/core/18_per_example.ipynb #projected_gradients
 def projected_gradients(
     network,         # a module in evaluation mode
@@ -364,19 +399,10 @@ def projected_gradients(
     generator=None,  # generator or seed of the projection; None: seed 0. The same seed, the same projection
     chunk:int|Chunk|None=64, # rows per model call
 )->Tensor:           # (N, size)
-    """Sparse random projections of the gradients: every entry is added, with a random sign, to one of `size` sums, so that inner products are kept on average (count sketch: Charikar et al. 2002).
+    """Sparse random projections of the gradients, which keep inner products on average (count sketch: Charikar et al. 2002; of outer products: Pham and Pagh 2013).
 
-    Cost: one forward and one backward pass per row, and one addition for each entry of its gradient; memory of `chunk` gradients of the largest parameter."""
+    Cost: one forward and one backward pass per row, and two Fourier transforms of length `size` for each place of each layer."""
     walk, seed = _Gradients(network, losses, parameters), seeded(generator).initial_seed()
     check_count("size", size)
-    places = {}
-    for i, (k, p) in enumerate(walk.wanted.items()): # where each entry goes: below `size` with a plus, from there on with a minus
-        places[k] = torch.randint(2 * size, (p.numel(),), generator=torch.Generator().manual_seed((seed + 1_000_003 * i) % 2 ** 63)).to(p.device)
-    def step(found):
-        sums = None
-        for k, f in found.items():
-            flat = _dense(f, walk.wanted[k].shape).flatten(1).T # a row of B numbers for each entry
-            if sums is None: sums = flat.new_zeros(2 * size, flat.shape[1])
-            sums.index_add_(0, places[k], flat.contiguous().to(sums))
-        return (sums[:size] - sums[size:]).T
-    return torch.cat(walk.over(batches, chunk, step)).detach()
+    sketches = {k: _Sketch(p, size, seed + 1_000_003 * i) for i, (k, p) in enumerate(walk.wanted.items())}
+    return torch.cat(walk.over(batches, chunk, lambda found: sum(sketches[k](f) for k, f in found.items()))).detach()
