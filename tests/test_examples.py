@@ -292,6 +292,7 @@ def test_out_of_fold_never_asks_who_has_seen_the_row(blobs):
     assert torch.equal(held, out_of_fold(wide, x, drawn, folds=3, repeats=2, **options)) and not torch.equal(held[0], held[1])
     with pytest.raises(ValueError, match="folds: got 51; want at most 50"): out_of_fold(wide, x, drawn, folds=51)
     with pytest.raises(ValueError, match="folds: got 1"): out_of_fold(wide, x, drawn, folds=1)
+    with pytest.raises(ValueError, match="y: got labels of one class only"): out_of_fold(wide, x, y * 0)
 
 
 def test_planted_noise_is_at_the_top(blobs):

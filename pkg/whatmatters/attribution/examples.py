@@ -242,7 +242,9 @@ def out_of_fold(
     "What networks say of examples that they were not trained on: each part of the data is predicted by a network trained on the others. Training of `folds` x `repeats` networks, one forward pass per network and row."
     from sklearn.model_selection import StratifiedKFold
     check_count("folds", folds, 2), check_count("repeats", repeats)
-    if folds > (fewest := int(y.unique(return_counts=True)[1].min())): refuse("folds", folds, f"at most {fewest}, the examples of the rarest class")
+    counts = y.unique(return_counts=True)[1]
+    if len(counts) < 2: refuse("y", "labels of one class only", "at least two classes")
+    if folds > (fewest := int(counts.min())): refuse("folds", folds, f"at most {fewest}, the examples of the rarest class")
     seeds, parts = [], []
     generator = seeded(generator)
     for _ in range(repeats):
