@@ -31,9 +31,9 @@ def softmax_influence(
     inputs, labels = (x, y) if fit is None else (x[fit], y[fit])
     if len(labels.unique()) < 2: refuse("y", "one class only", "at least two")
     if len(labels.unique()) < (classes := int(max(y.max(), reference[1].max())) + 1) or classes < 2: refuse("y", f"{len(labels.unique())} of {classes} classes among the rows fitted", "all of them")
-    model = LogisticRegression(C=1 / (l2 * len(labels)), fit_intercept=False, tol=1e-6, max_iter=500).fit(inputs.cpu().numpy(), labels.cpu().numpy())
+    model = LogisticRegression(C=(1 + (classes == 2)) / (l2 * len(labels)), fit_intercept=False, tol=1e-6, max_iter=500).fit(inputs.cpu().numpy(), labels.cpu().numpy())
     weight = torch.tensor(model.coef_, dtype=torch.float64, device=x.device)
-    if classes == 2: weight = torch.cat([-weight, weight]) / 2 # scikit-learn's binary fit is a difference
+    if classes == 2: weight = torch.cat([-weight, weight]) / 2 # scikit-learn's binary fit is the difference, whose square is twice those of its halves
     def gradients(x, y): return (((x.double() @ weight.T).softmax(1) - one_hot(y.long(), classes))[:, :, None] * x.double()[:, None]).flatten(1)
     a = inputs.double()
     p = (a @ weight.T).softmax(1)

@@ -83,7 +83,8 @@ def neighbour_graph(
         rows = order[p::parts]
         found.append(torch.stack([rows[_neighbours(x[rows], k)].flatten(), rows.repeat_interleave(k)]))
         comparisons += len(rows) * (len(rows) - 1)
-    return Graph(torch.cat(found, 1), comparisons)
+    edges = torch.cat(found, 1)
+    return Graph(edges[:, edges[1].argsort(stable=True)], comparisons)
 
 # %% ../../../nbs/sparsity/16_instances.ipynb #hashing_graph
 def hashing_graph(
