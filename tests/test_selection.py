@@ -7,7 +7,7 @@ from whatmatters.core.data import load
 from whatmatters.core.ensemble import train_ensemble
 from whatmatters.core.per_example import example_losses, gradient_dots
 from whatmatters.core.values import count_calls, seeded
-from whatmatters.sparsity.coresets import _mask, _swap_bounds, _transport_value, goracs, goracs_by_class, herding, quad, softmax_influence, transport, transport_cost
+from whatmatters.sparsity.coresets import _mask, _swap_bounds, _transport_value, goracs, goracs_by_class, herding, quad, remembered, softmax_influence, transport, transport_cost
 from whatmatters.sparsity.examples import RULES, dealrec, keep_examples, quotas, risk_influence, strata_of
 from whatmatters.sparsity.instances import GraphAttention, condensed, edge_softmax, edited, gais, graph_recall, hashing_graph, neighbour_graph
 
@@ -48,7 +48,7 @@ def test_strata_reach_where_the_scores_are_rare():
 @pytest.mark.parametrize("given, message", [
     (dict(k=11), "k: got 11; want at most 10"), (dict(k=10, cut=.1), "k: got 10; want at most 9"), (dict(k=2, ratio=.1), "k, ratio"), (dict(), "k, ratio"),
     (dict(k=2, rule="best"), "rule: got 'best'"), (dict(k=2, labels=torch.zeros(3, dtype=torch.long)), "labels: got"), (dict(k=2, labels=torch.full((10,), -1)), "labels: got"),
-    (dict(ratio=1.2), "ratio: got 1.2"), (dict(k=2, cut=-.1), "ratio: got -0.1"), (dict(k=2.5), "k: got 2.5")])
+    (dict(ratio=1.2), "ratio: got 1.2"), (dict(k=2, cut=-.1), "cut: got -0.1"), (dict(k=2.5), "k: got 2.5")])
 def test_rules_refuse(given, message):
     with pytest.raises(ValueError, match=message): keep_examples(torch.arange(10.), **given)
 
@@ -140,6 +140,23 @@ def test_what_a_cluster_says_may_be_shared():
 def test_quad_refuses(given, message):
     clusters = torch.arange(2).repeat_interleave(20)
     with pytest.raises(ValueError, match=message): quad(clusters, lambda rows: torch.where(clusters[rows] == 0, 1., -1.), **({"take": 10} | given))
+
+
+def test_an_interrupted_selection_goes_on(tmp_path):
+    clusters, worth = torch.arange(4).repeat(25), torch.randn(100, generator=seeded(0))
+    whole = quad(clusters, lambda rows: worth[rows], 40, take=5, probe=3)
+    def interrupted(rows):
+        if first.rows > 20: raise KeyboardInterrupt
+        return worth[rows]
+    first, second = count_calls(interrupted), count_calls(lambda rows: worth[rows])
+    with pytest.raises(KeyboardInterrupt): quad(clusters, remembered(first, tmp_path/"scores", "a"), 40, take=5, probe=3)
+    assert [p.name for p in tmp_path.iterdir()] == ["scores"]
+    found = quad(clusters, remembered(second, tmp_path/"scores", "a"), 40, take=5, probe=3)
+    assert torch.equal(found.keep, whole.keep) and second.rows < whole.evaluations
+    with pytest.raises(ValueError, match="path: got a file of scores of 'a'; want one of 'b'"): remembered(second, tmp_path/"scores", "b")
+    asked = remembered(second)
+    before = second.rows
+    assert torch.equal(asked(torch.tensor([3, 3, 5])), worth[[3, 3, 5]].double()) and second.rows == before + 2
 
 
 # ---- GORACS

@@ -53,6 +53,7 @@ def keep_examples(
     if rule not in RULES: refuse("rule", repr(rule), "one of " + ", ".join(RULES))
     if scores.ndim != 1 or not len(scores): refuse("scores", f"shape {tuple(scores.shape)}", "one score for each example, (N,)")
     if (k is None) == (ratio is None): refuse("k, ratio", f"{k}, {ratio}", "one of the two")
+    if not 0 <= cut < 1: refuse("cut", cut, "a share in [0, 1)")
     scores, n = check_finite("scores", scores), len(scores)
     k, hard = count_of(ratio, n) if k is None else check_count("k", k, 0), count_of(cut, n)
     if k > n - hard: refuse("k", k, f"at most {n - hard}, what a cut of {cut} leaves of {n} examples")
