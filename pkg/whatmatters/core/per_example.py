@@ -137,7 +137,7 @@ def _entrywise(recorder, func, args, kwargs):
     "Sums and products of a parameter with something that has the rows first."
     if len(args) == 2 and all(isinstance(a, Tensor) for a in args):
         for parameter, other in (args, args[::-1]):
-            whole = parameter.ndim < other.ndim or parameter.ndim == other.ndim and parameter.shape[0] == 1 < recorder.rows
+            whole = parameter.ndim < other.ndim or parameter.ndim == other.ndim and parameter.shape[0] == 1
             if not whole or not other.ndim or other.shape[0] != recorder.rows: continue
             if id(parameter) in recorder.names and id(other) not in recorder.names:
                 copy = recorder.copies(parameter, other.ndim - 1) if parameter.ndim < other.ndim else recorder.copies(parameter, parameter.ndim)[:, 0]
@@ -221,6 +221,7 @@ def _heard(network, batch, losses, wanted):
     if not isinstance(value, Tensor) or value.shape != (recorder.rows,): refuse("losses", f"a {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__} for {recorder.rows} rows", "one loss for each row")
     if not value.detach().isfinite().all(): refuse("batches", "NaN or infinite losses", "finite ones")
     uses = [(name, *use) for name, used in recorder.uses.items() for use in used]
+    recorder.uses, recorder.common = {}, {} # they point at each other, and would be there until the next search for garbage
     found = {name: [] for name in wanted}
     if not uses or not value.requires_grad: return {name: p.new_zeros(recorder.rows, *p.shape) for name, p in wanted.items()}
     places = list(dict.fromkeys(place for _, place, _ in uses)) # a bias and a weight share one
@@ -236,19 +237,21 @@ def _merged(parts, parameter, rows):
     if all(isinstance(p, Tensor) for p in parts): return sum(parts[1:], parts[0])
     if any(isinstance(p, Tensor) for p in parts): return sum((p if isinstance(p, Tensor) else p.dense(parameter.shape)) for p in parts)
     kinds = [[p for p in parts if p.sparse == sparse] for sparse in (False, True)]
-    return [_Sum(torch.cat([p.left for p in k], 2), torch.cat([p.right for p in k], 2)) for k in kinds if k]
+    return [k[0] if len(k) == 1 else _Sum(torch.cat([p.left for p in k], 2), torch.cat([p.right for p in k], 2)) for k in kinds if k]
 
 def _dense(found, shape): return found if isinstance(found, Tensor) else sum(s.dense(shape) for s in found[1:]) + found[0].dense(shape)
 
-def _cheap(sums, others):
-    "Whether products of places cost less than gradients."
+def _cheap(sums, others, apart):
+    "Whether products of places cost less than gradients: of each example, or, `apart`, of every pair."
     a, b = sums[0], others[0]
     if len(sums) > 1 or len(others) > 1 or a.sparse or b.sparse: return True
-    return a.left.shape[2] * b.left.shape[2] * (a.left.shape[3] + a.right.shape[3]) <= max(a.left.shape[2], b.left.shape[2]) * a.left.shape[3] * a.right.shape[3]
+    (n, _, t, rows), (m, _, u, _), columns = a.left.shape, b.left.shape, a.right.shape[3]
+    if not apart: return t * (rows + columns) <= rows * columns
+    return n * m * t * u * (rows + columns) <= (n * t + m * u + n * m) * rows * columns
 
 def _squares(found, shape):
     if isinstance(found, Tensor): return found.flatten(1).square().sum(1)
-    if not _cheap(found, found): return found[0].dense(shape).flatten(1).square().sum(1)
+    if not _cheap(found, found, False): return found[0].dense(shape).flatten(1).square().sum(1)
     return sum(a.kernel(b, False) for a in found for b in found).clamp_min(0)
 
 # %% ../../../nbs/core/18_per_example.ipynb #Gradients
@@ -283,7 +286,8 @@ class _Gradients:
         true = torch.stack([p.new_zeros(()) if g is None else g.norm() for p, g in zip(self.wanted.values(), alone)]).double()
         ours = torch.stack([_squares(_last(f), self.wanted[k].shape)[0] for k, f in found.items()]).double().sqrt()
         low = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.wanted.values())
-        wrong = (true - ours).abs() > (.05 if low else 1e-3) * true + (1e-2 if low else 1e-4) * true.norm()
+        wrong = (true - ours).abs() > (.05 if low else 1e-3) * true + (1e-2 if low else 1e-5) * true.norm()
+        wrong |= (ours == 0) & (true > 1e-12 * true.norm()) # not heard at all
         return [k for k, w in zip(found, wrong.tolist()) if w]
 
 def _last(found): return found[-1:] if isinstance(found, Tensor) else [_Sum(s.left[-1:], s.right[-1:]) for s in found]
@@ -320,7 +324,7 @@ def gradient_dots(
 
 def _dots(a, b, shape):
     "(B, B') inner products of what was heard of one parameter."
-    if isinstance(a, Tensor) or isinstance(b, Tensor) or not _cheap(a, b): return _dense(a, shape).flatten(1) @ _dense(b, shape).flatten(1).T
+    if isinstance(a, Tensor) or isinstance(b, Tensor) or not _cheap(a, b, True): return _dense(a, shape).flatten(1) @ _dense(b, shape).flatten(1).T
     rows = len(a[0].left)
     step = max(1, 2 ** 24 // (a[0].left.shape[2] * b[0].left.shape[2] * len(b[0].left))) # products of places held at once
     return torch.cat([sum(_Sum(s.left[i:i + step], s.right[i:i + step]).kernel(t, True) for s in a for t in b) for i in range(0, rows, step)])
