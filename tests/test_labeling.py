@@ -179,7 +179,7 @@ def test_loop_with_a_pool_for_each_seed_and_what_is_allowed():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(start=81), "at most 80"), (dict(start=torch.zeros(2, 80, dtype=torch.bool)), "at least one"), (dict(k=100), "k: got 100; want at most 25 in each of 3 rounds"), (dict(rules={}), "0 rules"), (dict(seeds=[]), "0 seeds"), (dict(skip={"sure": .1}), "skip: got a rule named 'sure'"), (dict(valid={"sure": None}), "valid: got a rule"), (dict(held=4), "fewer than the 4"),
+    (dict(start=81), "at most 80"), (dict(start=torch.zeros(2, 80, dtype=torch.bool)), "at least one"), (dict(k=100), "k: got 100; want at most 25 in each of 3 rounds"), (dict(rules={}), "0 rules"), (dict(seeds=[]), "0 seeds"), (dict(skip={"sure": .1}), "skip: got a rule named 'sure'"), (dict(valid={"sure": None}), "valid: got a rule"), (dict(valid={"unsure": torch.ones(79, dtype=torch.bool)}), "valid: got torch.bool of shape"), (dict(held=4), "fewer than the 4"),
     (dict(rules={"odd": lambda r: torch.zeros(3)}), "one for each example of the pool"), (dict(y=torch.zeros(79, dtype=torch.long)), "y: got shape"), (dict(test=(torch.randn(3, 3), torch.zeros(2, dtype=torch.long))), "test: got"),
     (dict(rules={"bad": lambda r: torch.full((len(r.x),), torch.nan)}), "NaN"),
 ])

@@ -322,6 +322,8 @@ def label_in_rounds(
         if isinstance(named, dict) and (odd := set(named) - set(names)): refuse(argument, f"a rule named {min(odd)!r}", f"those there are: {', '.join(names)}")
     pool = _Pool(x, y, test, len(seeds))
     order = _first(after, start, pool, seeds, names)
+    for mask in (valid or {}).values():
+        if mask.shape[-1:] != (pool.n,) or mask.dtype != torch.bool: refuse("valid", f"{mask.dtype} of shape {tuple(mask.shape)}", f"booleans ({pool.n},) or ({len(seeds)}, {pool.n})")
     own, measured = range(len(names) * len(seeds)), []
     skips = skip if isinstance(skip, dict) else dict.fromkeys(names, skip)
     if check_count("held", held, 0) >= order.shape[1]: refuse("held", held, f"fewer than the {order.shape[1]} first labels")
