@@ -373,7 +373,7 @@ def _target_counts(target, work, options):
 def _check_out(out, paths):
     if out.exists() and not out.is_dir(): refuse("out", f"{out}, which is no folder", "a folder")
     if any(out.resolve() == p.resolve().parent for p in paths): refuse("out", f"{out}, where the pool is", "another folder: the shards would be overwritten")
-    if odd := {p.name for p in out.glob("*")} - {p.name for p in paths}: refuse("out", f"{out} with {min(odd)} in it", "a new folder, or one with a selection of the same shards")
+    if odd := {p.name for p in out.glob("*") if not p.name.startswith(".")} - {p.name for p in paths}: refuse("out", f"{out} with {min(odd)} in it", "a new folder, or one with a selection of the same shards")
 
 def _write_selection(paths, kept, out):
     "All shards into a folder beside, which then becomes `out`; one that is there is filled at the end."
