@@ -145,6 +145,7 @@ def test_the_gradient_of_negatives(gamma):
         found = torch.autograd.grad(asymmetric_loss(z[None], torch.zeros(1, 99), gamma, 0, m).sum(), z)[0]
         assert torch.allclose(found, negative_gradient(p, gamma, m), atol=2e-6)
         assert (found[p < m] == 0).all()
+        assert negative_gradient(torch.tensor([0., 1.]), gamma, m).isfinite().all()
     high = p > .9
     if gamma == 4: assert (negative_gradient(p, gamma, .3)[high] < negative_gradient(p, gamma, 0)[high]).all()  # the shift spares what may be mislabelled
 
@@ -179,6 +180,7 @@ def test_correlation_counts_weights_as_repeats():
     assert float(correlation_loss(a, b, w.double())) == pytest.approx(float(correlation_loss(a[again], b[again])))
     z = a.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: cisir_loss(z, b, w.double(), .7, w.double()), z)
+    assert float(correlation_loss(a.float(), w)) == pytest.approx(float(correlation_loss(a.float(), w.float())))  # whole numbers as targets
     for constant in (1., .1, 12345.6): assert float(correlation_loss(torch.full((12,), constant), b.float(), w.float())) == 1
 
 
@@ -206,7 +208,13 @@ def test_bad_input():
         "categorical: got 9": lambda: smote(x, y, categorical=[9]),
         "ratio: got 0.01": lambda: under_sample(y, .01),
         "ratio: got inf": lambda: over_sample(y, math.inf),
-        "points: got shape (3, 2)": lambda: roc_hull(torch.rand(3, 2) + 2),
+        "y: got shape (400, 1)": lambda: smote(x, y[:, None]),
+        "y: got one class, []": lambda: under_sample(y[:0]),
+        "points: got values from 2 to 3": lambda: roc_hull(torch.tensor([[2., 3.]])),
+        "points: got shape (3, 3)": lambda: roc_hull(torch.rand(3, 3)),
+        "logits: got shape (3,)": lambda: asymmetric_loss(z[0], z[0]),
+        "targets: got shape (1, 3)": lambda: probability_gap(z, z[:1]),
+        "balance: got nan": lambda: cisir_loss(torch.rand(3), torch.rand(3), balance=math.nan),
         "targets: got shape (2,)": lambda: asymmetric_loss(z, torch.zeros(2)),
         "targets: got values from 0.0 to 0.5": lambda: asymmetric_loss(z, torch.tensor([[0, .5, 0]] * 2)),
         "shift: got 1.0": lambda: asymmetric_loss(z, z, shift=1.),

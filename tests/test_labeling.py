@@ -46,6 +46,10 @@ def test_modal_like_scores_agree_with_loops():
     (lambda: al.collective_outliers(torch.tensor([.5, 2.]), torch.tensor([.1, .1])), "confidence"),
     (lambda: al.collective_outliers(torch.tensor([.5, .2]), torch.tensor([.1])), "the same for both"),
     (lambda: al.area(torch.tensor([1.])), "at least two"),
+    (lambda: al.evidential_loss(torch.randn(2, 3), torch.tensor([0, 3])), "classes of the logits"),
+    (lambda: al.trust_score(torch.full((2, 2), math.nan), torch.randn(2, 2), torch.tensor([0, 1]), torch.tensor([0, 1])), "NaN"),
+    (lambda: al.k_center(torch.randn(5, 2), torch.zeros(5, dtype=torch.long), 2), "labeled: got torch.int64"),
+    (lambda: al.complementary_loss(torch.randn(3, 1), torch.zeros(3, dtype=torch.long)), "at least two classes"),
 ])
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message): call()
@@ -175,7 +179,7 @@ def test_loop_with_a_pool_for_each_seed_and_what_is_allowed():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(start=81), "at most 80"), (dict(start=torch.zeros(2, 80, dtype=torch.bool)), "at least one"), (dict(k=100), "k: got 100"), (dict(held=4), "fewer than the 4"),
+    (dict(start=81), "at most 80"), (dict(start=torch.zeros(2, 80, dtype=torch.bool)), "at least one"), (dict(k=100), "k: got 100; want at most 25 in each of 3 rounds"), (dict(rules={}), "0 rules"), (dict(seeds=[]), "0 seeds"), (dict(skip={"sure": .1}), "skip: got a rule named 'sure'"), (dict(valid={"sure": None}), "valid: got a rule"), (dict(valid={"unsure": torch.ones(79, dtype=torch.bool)}), "valid: got torch.bool of shape"), (dict(held=4), "fewer than the 4"),
     (dict(rules={"odd": lambda r: torch.zeros(3)}), "one for each example of the pool"), (dict(y=torch.zeros(79, dtype=torch.long)), "y: got shape"), (dict(test=(torch.randn(3, 3), torch.zeros(2, dtype=torch.long))), "test: got"),
     (dict(rules={"bad": lambda r: torch.full((len(r.x),), torch.nan)}), "NaN"),
 ])

@@ -76,7 +76,9 @@ def test_more_than_there_is_needs_repeats():
 
 @pytest.mark.parametrize("call, message", [
     (lambda: mx.soft_cap_sampling(torch.zeros(4), 2, -1.), "penalty"), (lambda: mx.soft_cap_sampling(torch.zeros(2, 2), 2), "scores: got shape"), (lambda: mx.soft_cap_sampling(torch.tensor([0., torch.nan]), 1), "NaN"),
-    (lambda: mx.standardise(torch.zeros(3)), "a column for each method"), (lambda: mx.hashed_words(["a", " "]), "1 without a word"), (lambda: mx.hashed_words([]), "none"),
+    (lambda: mx.standardise(torch.zeros(3)), "a column for each method"), (lambda: mx.standardise(torch.zeros(1, 3)), "at least two examples"), (lambda: mx.hashed_words("a b"), "one string"), (lambda: mx.hashed_words(["a", None]), "a NoneType"),
+    (lambda: mx.keep_probability(torch.ones(3), factor=-1.), "factor"), (lambda: mx.keep_probability(torch.ones(3), width=0.), "width"), (lambda: mx.rejecting_instruction_preferences(torch.ones(0, 2), torch.ones(0, 2)), "rewards: got shape"),
+    (lambda: mx.flyt(nn.Linear(3, 1).double(), setting()[1][0], setting()[0], setting()[1], tuple(t[:0] for t in setting()[1]), batch_size=4), "downstream: got no examples"), (lambda: mx.hashed_words(["a", " "]), "1 without a word"), (lambda: mx.hashed_words([]), "none"),
     (lambda: mx.bigrams(torch.zeros(2, 0, dtype=torch.long)), "documents, tokens"), (lambda: mx.bigrams(torch.tensor([[9]]), size=4), "0 to 3"), (lambda: mx.bigrams(torch.zeros(1, 2, dtype=torch.long), torch.tensor([[False, True]])), "documents of no tokens"),
     (lambda: mx.bigrams(torch.zeros(1, 2, dtype=torch.long), discount=1.), "discount"), (lambda: mx.keep_probability(torch.tensor([1., -1.])), "positive"), (lambda: mx.keep_probability(torch.ones(3), "odd"), '"gaussian" or "stepwise"'),
     (lambda: mx.keep_probability(torch.ones(3), share=0.), "a share"), (lambda: mx.rejecting_instruction_preferences(torch.ones(3, 1), torch.ones(3, 1)), "at least two answers"),
@@ -124,3 +126,16 @@ def test_prompts_are_kept_by_the_rejected_answer():
     more = torch.cat([rewards, torch.full((200, 1), -9.)], 1), torch.cat([lengths, torch.zeros(200, 1)], 1)
     assert torch.equal(mx.rejecting_instruction_preferences(*more, valid=torch.arange(6).expand(200, 6) < 5).keep, found.keep)  # what is not there does not count
     assert torch.equal(mx.rejecting_instruction_preferences(rewards, lengths, reward=.9, length=0, gap=0).keep, rewards.amin(1).double() >= rewards.amin(1).double().quantile(.9))
+
+
+def test_whole_numbers_will_do():
+    p = torch.tensor([3, 9, 4, 8, 90])
+    assert torch.equal(mx.keep_probability(p), mx.keep_probability(p.float())) and torch.equal(mx.standardise(p[:, None]), mx.standardise(p[:, None].float()))
+    r, n = torch.tensor([[1, 5], [4, 5], [3, 9]]), torch.tensor([[2, 2], [9, 1], [8, 3]])
+    assert torch.equal(mx.rejecting_instruction_preferences(r, n, .3, .3, .3).keep, mx.rejecting_instruction_preferences(r.float(), n.float(), .3, .3, .3).keep)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 100])
+def test_quantiles_are_those_of_torch(n):
+    t = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).round(decimals=1)
+    for q in (0., .1, .25, .5, .75, 1.): assert float(mx._quantiles(t, [q])[0]) == float(t.quantile(q))

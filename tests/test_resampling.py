@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -200,9 +202,17 @@ def test_short_documents_are_counted_and_never_drawn(tmp_path):
 def test_bad_input(tmp_path):
     found = hashed_ngrams(documents(3))
     counts = ngram_counts(found)
+    (tmp_path/"work").mkdir()
     for message, call in {
         "texts: got a NoneType in place 1": lambda: hashed_ngrams(["a", None]),
         "buckets": lambda: hashed_ngrams(["a"], buckets=1),
+        "texts: got one string": lambda: hashed_ngrams("a b"),
+        "pool: got 'nowhere', which is no folder": lambda: select_shards("nowhere", documents(2), 2, tmp_path/"w"),
+        "target: got 'some text', which is no folder": lambda: select_shards(write(tmp_path/"pool", documents(6)), "some text", 2, tmp_path/"w"),
+        "pool: got nowhere.jsonl, which is no file": lambda: select_shards(["nowhere.jsonl"], documents(2), 2, tmp_path/"w"),
+        "target: got no shard in": lambda: select_shards(tmp_path/"pool", tmp_path/"work", 2, tmp_path/"w"),
+        "raw: got counts that are negative, or all zero": lambda: select_shards(write(tmp_path/"blank", ["", " ", ""]), documents(2), 2, tmp_path/"w"),
+        "target: got counts": lambda: select_shards(tmp_path/"pool", ["", " "], 2, tmp_path/"w"),
         "target: got counts that are negative, or all zero": lambda: log_ratio(counts * 0, counts),
         "raw: got shape": lambda: log_ratio(counts, counts[:-1]),
         "ratio: got shape": lambda: log_weights(found, counts[:-1].double()),
@@ -228,3 +238,52 @@ def test_real_text_ranks_its_own_kind_first(real):
     pool = cut(wiki, 200) + cut(plays, 100)
     weights = log_weights(raw := hashed_ngrams(pool), log_ratio(ngram_counts(hashed_ngrams(cut(plays, 200, 50_000))), ngram_counts(raw)))
     assert resample(weights, 100)[200:].sum() >= 97
+
+
+def test_what_is_written_is_whole_and_overwrites_nothing_else(tmp_path, monkeypatch):
+    write(tmp_path/"pool", documents(60))
+    run = partial(select_shards, tmp_path/"pool", documents(20, favourites=100), 10, tmp_path/"work", min_tokens=5, normalise=True)  # so that the seed decides
+    content = lambda out: {p.name: p.read_text() for p in out.iterdir()}
+    before = content(tmp_path/"pool")
+    with pytest.raises(ValueError, match="out: got .*, where the pool is"): run(out=tmp_path/"pool")
+    (tmp_path/"mine").mkdir()
+    (tmp_path/"mine/9.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="out: got .* with 9.jsonl in it"): run(out=tmp_path/"mine")
+    assert content(tmp_path/"pool") == before and not (tmp_path/"work").exists()  # refused before anything is read
+    write_kept = resampling._write_kept
+    def full(path, kept, out):
+        if path.name == "2.jsonl": raise OSError("no space left")
+        write_kept(path, kept, out)
+    monkeypatch.setattr(resampling, "_write_kept", full)
+    with pytest.raises(OSError): run(out=tmp_path/"out")
+    assert not (tmp_path/"out").exists()
+    monkeypatch.setattr(resampling, "_write_kept", write_kept)
+    first = (run(out=tmp_path/"out"), content(tmp_path/"out"))[1]
+    assert sum(len(t.splitlines()) for t in first.values()) == 10 and not (tmp_path/".out.part").exists()
+    run(out=tmp_path/"out", seed=1)
+    assert content(tmp_path/"out") != first and sorted(content(tmp_path/"out")) == sorted(first)
+
+
+def test_what_a_killed_run_left_is_cleared_away_and_what_is_being_written_is_not(tmp_path):
+    write(tmp_path/"pool", documents(20), 1), (tmp_path/"work").mkdir()
+    old, new, other = (tmp_path/"work"/n for n in (".0.jsonl-abc.ids.x1", ".0.jsonl-abc.npz.x2", ".gitignore"))
+    for p in (old, new, other): p.write_text("half")
+    for p in (old, other): os.utime(p, (time.time() - 7200,) * 2)
+    select_shards(tmp_path/"pool", documents(5), 5, tmp_path/"work", min_tokens=5)
+    assert not old.exists() and new.exists() and other.exists()
+
+
+def test_a_shard_that_changes_during_a_selection_is_refused(tmp_path):
+    write(tmp_path/"pool", documents(30))
+    def late(f, paths):
+        for p in paths: yield f(p)
+        with (tmp_path/"pool/1.jsonl").open("a") as file: file.write('{"text": "one more"}\n')
+    with pytest.raises(ValueError, match="changed meanwhile"): select_shards(tmp_path/"pool", documents(5), 5, tmp_path/"work", tmp_path/"out", min_tokens=5, map=late)
+    assert not (tmp_path/"out").exists()
+
+
+def test_a_target_may_be_named_by_strings(tmp_path):
+    write(tmp_path/"pool", documents(30)), write(tmp_path/"target", documents(9, seed=1), 2)
+    run = lambda target: select_shards(tmp_path/"pool", target, 5, tmp_path/"work", min_tokens=5).ratio
+    paths = sorted((tmp_path/"target").iterdir())
+    assert torch.equal(run(list(map(str, paths))), run(paths)) and torch.equal(run(paths), run(tmp_path/"target")) and torch.equal(run(paths), run(documents(9, seed=1)))

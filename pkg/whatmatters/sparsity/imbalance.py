@@ -43,9 +43,10 @@ def smote(
     own[~own.any(1), -1] = True # of many equal examples one may not be among its own nearest
     near = near[~own].view(n, k)
     turns = torch.arange(wanted) % n # the last, incomplete turn goes to examples at random
-    turns[wanted // n * n:] = torch.randperm(n, generator=generator)[:wanted % n]
-    others = near[turns, torch.randint(k, (wanted,), generator=generator)]
-    u = torch.rand(wanted, 1, generator=generator, dtype=torch.float64).to(x.dtype)
+    on = dict(generator=generator, device=generator.device)
+    turns[wanted // n * n:] = torch.randperm(n, **on)[:wanted % n].cpu()
+    others = near[turns, torch.randint(k, (wanted,), **on).cpu()]
+    u = torch.rand(wanted, 1, dtype=torch.float64, **on).to(small)
     new = small[turns] + u * (small[others] - small[turns])
     if columns.any():
         voters = torch.cat([turns[:, None], near[turns]], 1) if columns.all() else near[turns] # SMOTE-N counts the example itself too
@@ -55,6 +56,7 @@ def smote(
 # %% ../../../nbs/sparsity/23_imbalance.ipynb #_minority
 def _minority(y, minority=None):
     "The class, and which rows are of it."
+    if y.ndim != 1: refuse("y", f"shape {tuple(y.shape)}", "(N,)")
     classes, counts = y.unique(return_counts=True)
     if len(classes) < 2: refuse("y", f"one class, {classes.tolist()}", "at least two")
     if minority is None: minority = classes[counts.argmin()].item()
@@ -122,7 +124,8 @@ def roc_hull(
 )->Tensor:         # corners of the hull from (0, 0) to (1, 1), (H, 2), float64
     "Convex hull of points in ROC space (Provost & Fawcett 2001): the classifiers that are best for some costs. Its area: `torch.trapezoid(hull[:, 1], hull[:, 0])`."
     from scipy.spatial import ConvexHull
-    if points.ndim != 2 or points.shape[1] != 2 or not len(points) or not ((check_finite("points", points) >= 0) & (points <= 1)).all(): refuse("points", f"shape {tuple(points.shape)}", "(P, 2) rates in [0, 1]")
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points): refuse("points", f"shape {tuple(points.shape)}", "(P, 2) rates")
+    if not ((check_finite("points", points) >= 0) & (points <= 1)).all(): refuse("points", f"values from {float(points.min()):.4g} to {float(points.max()):.4g}", "rates in [0, 1]")
     ends = torch.tensor([[0., 0.], [1., 1.], [1., 0.]]).double() # the last keeps the hull above the diagonal
     every = torch.cat([points.detach().cpu().double(), ends]).unique(dim=0)
     corners = every[torch.from_numpy(ConvexHull(every.numpy()).vertices.astype(np.int64))]
@@ -138,7 +141,7 @@ def asymmetric_loss(
     shift:float=.05,       # probability below which a negative does not count
 )->Tensor:                 # (B,), summed over the labels
     "Asymmetric loss of labels (Ridnik et al. 2021, arXiv:2009.14119). Exponents equal and no shift: focal loss; all zero: binary cross entropy."
-    if targets.shape != logits.shape: refuse("targets", f"shape {tuple(targets.shape)}", f"that of the logits, {tuple(logits.shape)}")
+    _check_labels(targets, logits)
     if not ((targets == 0) | (targets == 1)).all(): refuse("targets", f"values from {targets.min()} to {targets.max()}", "0 or 1")
     if min(gamma_neg, gamma_pos) < 0: refuse("gamma_neg, gamma_pos", (gamma_neg, gamma_pos), "exponents >= 0")
     if not 0 <= shift < 1: refuse("shift", shift, "a probability in [0, 1)")
@@ -147,6 +150,10 @@ def asymmetric_loss(
     shifted = (p - shift).clamp_min(0)
     negative = -(logsigmoid(-logits) if shift == 0 else torch.log1p(-shifted)) * _power(shifted, gamma_neg)
     return torch.where(targets == 1, positive, negative).flatten(1).sum(1)
+
+def _check_labels(targets, logits):
+    if logits.ndim < 2: refuse("logits", f"shape {tuple(logits.shape)}", "(B, L)")
+    if targets.shape != logits.shape: refuse("targets", f"shape {tuple(targets.shape)}", f"that of the logits, {tuple(logits.shape)}")
 
 def _power(base, exponent):
     "A power with a finite gradient at 0, where what it multiplies is 0 too."
@@ -159,6 +166,7 @@ def negative_gradient(
     shift:float=.05,       # probability below which they do not count
 )->Tensor:                 # derivative of the loss by the logit, shaped alike
     "How hard the asymmetric loss pushes a negative down, in closed form (Ridnik et al. 2021, arXiv:2009.14119)."
+    p = p.clamp_max(1 - torch.finfo(p.dtype).eps) # where the logarithm is finite
     shifted = (p - shift).clamp_min(0)
     inner = _power(shifted, gamma_neg) / (1 - shifted)
     if gamma_neg: inner = inner - gamma_neg * _power(shifted, gamma_neg - 1) * torch.log1p(-shifted) if gamma_neg != 1 else inner - torch.log1p(-shifted)
@@ -170,6 +178,7 @@ def probability_gap(
     targets:Tensor, # 0 or 1, shaped alike
 )->Tensor:          # a number in [-1, 1]
     "Mean probability of the right answer on positives, less that on negatives (Ridnik et al. 2021, arXiv:2009.14119)."
+    _check_labels(targets, logits)
     if not (targets == 1).any() or not (targets == 0).any(): refuse("targets", "labels of one kind", "positives and negatives")
     p = logits.detach().sigmoid()
     return p[targets == 1].mean() - (1 - p[targets == 0]).mean()
@@ -223,6 +232,7 @@ def correlation_loss(
 )->Tensor:                    # a number in [0, 2]; 1, without a gradient, where a side is constant
     "One less the weighted Pearson correlation of a batch (Moukpe et al. 2025, arXiv:2509.16339)."
     if predictions.shape != targets.shape or targets.ndim != 1: refuse("predictions", f"shape {tuple(predictions.shape)}", f"that of the targets, (B,); they are {tuple(targets.shape)}")
+    targets = targets.to(predictions)
     w = _importance(weights, targets)
     w = w / w.sum()
     (a, p), (b, q) = ((v - (w * v).sum(), (w * v.square()).sum()) for v in (predictions, targets))
@@ -244,7 +254,7 @@ def cisir_loss(
     correlated:Tensor|None=None, # importance in the correlation; None: all equal
 )->Tensor:                    # a number: the loss is one of a batch
     "Importance-weighted squared error and correlation (CISIR; Moukpe et al. 2025, arXiv:2509.16339). The authors' programs take a balance of 0.2 to 1 and, in the correlation, the same weights or none."
-    if balance < 0: refuse("balance", balance, "a number >= 0")
+    if not 0 <= balance < math.inf: refuse("balance", balance, "a number >= 0")
     loss = (_importance(weights, targets) * (predictions - targets).square()).mean()
     return loss + balance * correlation_loss(predictions, targets, correlated) if balance else loss
 

@@ -89,6 +89,7 @@ def evidential_loss(
     evidence=torch.relu, # makes logits not negative
 )->Tensor:               # (B,)
     "Expected squared error under the Dirichlet, and its divergence from the flat one without the true class (Sensoy et al. 2018, arXiv:1806.01768, equation 5). No model calls."
+    _check_targets(targets, logits)
     alpha = evidence(logits) + 1
     total, truth = alpha.sum(-1, keepdim=True), one_hot(targets, logits.shape[-1]).to(alpha)
     mean = alpha / total
@@ -139,7 +140,7 @@ def trust_score(
     predicted:Tensor,  # predicted classes of `x`, (N,)
 )->Tensor:             # (N,), high is trusted; zero where the predicted class has no labelled example
     "Distance to the nearest other class over that to the predicted one (Jiang et al. 2018, arXiv:1805.11783), without its filter for outliers. N x L distances, no model calls."
-    check_rows("targets", targets, labeled), check_rows("predicted", predicted, x)
+    check_rows("targets", targets, labeled), check_rows("predicted", predicted, x), check_finite("x", x), check_finite("labeled", labeled)
     classes = targets.unique()
     if len(classes) < 2: refuse("targets", "one class only", "labelled examples of at least two classes")
     far = torch.cdist(x.flatten(1), labeled.flatten(1))
@@ -167,6 +168,7 @@ def k_center(
 
 def _room(labeled, valid, x, k):
     check_rows("labeled", labeled, x), check_finite("x", x)
+    if labeled.dtype != torch.bool: refuse("labeled", str(labeled.dtype), "booleans")
     room = ~labeled if valid is None else check_rows("valid", valid, x) & ~labeled
     if check_count("k", k) > int(room.sum()): refuse("k", k, f"at most {int(room.sum())}, the examples without a label that may be chosen")
     return room.clone()
@@ -248,6 +250,7 @@ def complementary_loss(
     "Loss of a random class other than the target, -log(1 - p): negative learning (Kim et al. 2019, arXiv:1908.07387) as in Zong et al. (2024, arXiv:2402.15198). No model calls."
     _check_targets(targets, logits)
     generator, classes = seeded(generator), logits.shape[-1]
+    if classes < 2: refuse("logits", f"shape {tuple(logits.shape)}", "(B, C) of at least two classes")
     other = (targets + torch.randint(1, classes, targets.shape, generator=generator, device=generator.device).to(targets.device)) % classes
     return -torch.log1p(-logits.softmax(-1).gather(1, other[:, None])[:, 0].clamp_max(1 - 1e-5))
 
@@ -314,12 +317,18 @@ def label_in_rounds(
 )->Labeled:
     "Label, train and choose in rounds, all rules and seeds in one ensemble. Cost: per round and member one training on its labels and a forward pass over pool and test data; `rounds` + 1 trainings in all."
     seeds, names = [int(s) for s in seeds], list(rules)
+    if not seeds or not names: refuse("rules, seeds", f"{len(names)} rules and {len(seeds)} seeds", "at least one of each")
+    for argument, named in ("skip", skip), ("valid", valid):
+        if isinstance(named, dict) and (odd := set(named) - set(names)): refuse(argument, f"a rule named {min(odd)!r}", f"those there are: {', '.join(names)}")
     pool = _Pool(x, y, test, len(seeds))
     order = _first(after, start, pool, seeds, names)
+    for mask in (valid or {}).values():
+        if mask.shape[-1:] != (pool.n,) or mask.dtype != torch.bool: refuse("valid", f"{mask.dtype} of shape {tuple(mask.shape)}", f"booleans ({pool.n},) or ({len(seeds)}, {pool.n})")
     own, measured = range(len(names) * len(seeds)), []
     skips = skip if isinstance(skip, dict) else dict.fromkeys(names, skip)
     if check_count("held", held, 0) >= order.shape[1]: refuse("held", held, f"fewer than the {order.shape[1]} first labels")
-    for done in range(check_count("rounds", rounds, 0) + 1):
+    if order.shape[1] + check_count("k", k) * check_count("rounds", rounds, 0) > pool.n: refuse("k", k, f"at most {(pool.n - order.shape[1]) // max(rounds, 1)} in each of {rounds} rounds: {pool.n} examples, of which {order.shape[1]} have a label at first")
+    for done in range(rounds + 1):
         members = [(m, c) for m in own for c in range(check_count("committee", committee))]
         which = torch.tensor([m for m, _ in members])
         at = (order[:, held:] + pool.offset.repeat(len(names))[:, None])[which]

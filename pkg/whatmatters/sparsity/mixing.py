@@ -76,6 +76,7 @@ def flyt(
 )->Scored:
     "Learn to score examples by what they do to the downstream loss (Shechter, Carmon 2025, arXiv:2503.08805). Per step: `weighted_step`, and forward and backward of the scorer."
     check_rows("features", features, data[1]), check_rows("data", data[0], data[1]), check_rows("downstream", downstream[0], downstream[1]), check_finite("features", features)
+    if not len(downstream[1]): refuse("downstream", "no examples", "at least one")
     if check_count("batch_size", batch_size, 2) > len(features): refuse("batch_size", batch_size, f"at most {len(features)}, the size of the pool")
     generator, optimiser = seeded(generator), torch.optim.Adam(scorer.parameters(), lr=scoring_rate)
     pick = lambda n, size: torch.randperm(n, generator=generator, device=generator.device)[:size].to(features.device)
@@ -98,7 +99,8 @@ def standardise(
     scores:Tensor, # (N, S), a column for each method
 )->Tensor:         # (N, S), each with mean zero and deviation one
     "Scores of several methods on one scale, as M-FLYT mixes them (Shechter, Carmon 2025, arXiv:2503.08805). No model calls."
-    if check_finite("scores", scores).ndim != 2: refuse("scores", f"shape {tuple(scores.shape)}", "(N, S), a column for each method")
+    if check_finite("scores", scores).ndim != 2 or len(scores) < 2: refuse("scores", f"shape {tuple(scores.shape)}", "(N, S), a column for each method, of at least two examples")
+    if not scores.is_floating_point(): scores = scores.float()
     return (scores - scores.mean(0)) / scores.std(0).clamp_min(1e-12)
 
 # %% ../../../nbs/sparsity/18_mixing.ipynb #soft_cap_sampling
@@ -133,7 +135,9 @@ def hashed_words(
 )->tuple[Tensor, Tensor]: # numbers of the words, (N, T), and which are words, boolean, not padding
     "Texts as numbers of their lower-case words, by a hash (crc32): no vocabulary. No model calls."
     check_count("size", size, 2)
-    number = {}
+    if isinstance(texts, str): refuse("texts", "one string", "a list of strings")
+    texts, number = list(texts), {}
+    if odd := [type(t).__name__ for t in texts if not isinstance(t, str)]: refuse("texts", f"a {odd[0]}", "strings")
     rows = [[number.setdefault(w, zlib.crc32(w.encode()) % size) for w in t.lower().split()] for t in texts]
     if empty := sum(not r for r in rows): refuse("texts", f"{empty} without a word" if rows else "none", "at least one word in each")
     if not rows: refuse("texts", "none", "at least one")
@@ -183,7 +187,7 @@ def bigram_perplexity(
     model:Bigrams,          # fitted to clean text
     tokens:Tensor,          # whole numbers, (N, T)
     valid:Tensor|None=None, # boolean, (N, T): what is a token; None: all
-)->Tensor:                  # (N,), at least one
+)->Tensor:                  # (N,), numbers of at least one
     "Perplexity of each document, the exponential of its mean loss. One binary search per token, no model calls."
     first, second, seen = _pairs(tokens, valid, model.size)
     key = first * (model.size + 1) + second
@@ -206,7 +210,10 @@ def keep_probability(
 
     Stepwise: the factor over the width of the document's quartile, where the first is as wide as its upper bound and the last ten times as wide as its lower. Gaussian: of the distance from the median in medians."""
     if perplexity.ndim != 1 or not len(perplexity) or not (check_finite("perplexity", perplexity) > 0).all(): refuse("perplexity", f"shape {tuple(perplexity.shape)}", "(N,), positive")
-    q1, q2, q3 = (perplexity.double().quantile(q) for q in (.25, .5, .75))
+    if factor is not None and not 0 <= factor < math.inf: refuse("factor", factor, "a number >= 0")
+    if not 0 < width < math.inf: refuse("width", width, "a number > 0")
+    if not perplexity.is_floating_point(): perplexity = perplexity.float()
+    q1, q2, q3 = _quantiles(perplexity, (.25, .5, .75))
     if kind == "gaussian": weight, height = torch.exp(-((perplexity.double() - q2) / q2).square() / width), .78
     elif kind == "stepwise":
         ranges = torch.stack([q1, q2 - q1, q3 - q2, 10 * q3]).clamp_min(1e-12)
@@ -219,6 +226,12 @@ def keep_probability(
     factors = (share * n - torch.arange(n, device=rest.device)).clamp_min(0) / rest # if so many, the highest, are kept for certain
     at = int((factors * ordered <= 1 + 1e-12).int().argmax())
     return (weight.clamp_min(1e-300) * factors[at]).clamp_max(1).to(perplexity)
+
+def _quantiles(values, shares):
+    "Those of `torch.quantile`, which refuses more than 16 million values."
+    ordered = values.double().sort().values
+    places = [share * (len(values) - 1) for share in shares]
+    return [ordered[math.floor(p)].lerp(ordered[math.ceil(p)], p - math.floor(p)) for p in places]
 
 # %% ../../../nbs/sparsity/18_mixing.ipynb #Preferences
 class Preferences(NamedTuple):
@@ -240,7 +253,8 @@ def rejecting_instruction_preferences(
 )->Preferences:
     "RIP (Yu et al. 2025, arXiv:2501.18578): keep prompts by their rejected answer and the gap, each at a quantile. A prompt is kept if it passes all three. No model calls."
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
-    if rewards.ndim != 2 or rewards.shape[1] < 2: refuse("rewards", f"shape {tuple(rewards.shape)}", "(prompts, answers), at least two answers")
+    if rewards.ndim != 2 or rewards.shape[1] < 2 or not len(rewards): refuse("rewards", f"shape {tuple(rewards.shape)}", "(prompts, answers), at least two answers")
+    if not rewards.is_floating_point(): rewards = rewards.float()
     for name, t in ("lengths", lengths), ("valid", valid):
         if t.shape != rewards.shape: refuse(name, f"shape {tuple(t.shape)}", f"that of the rewards, {tuple(rewards.shape)}")
     for name, v in ("reward", reward), ("length", length), ("gap", gap):
@@ -250,12 +264,12 @@ def rejecting_instruction_preferences(
     worst = rewards.masked_fill(~valid, torch.inf).argmin(1, keepdim=True)
     low, high = rewards.gather(1, worst)[:, 0], rewards.masked_fill(~valid, -torch.inf).amax(1)
     size, apart = lengths.gather(1, worst)[:, 0], high - low
-    at_least = lambda t, share: t.double() >= t.double().quantile(share)
-    return Preferences(low, size, apart, high, at_least(low, reward) & at_least(size, length) & (apart.double() <= apart.double().quantile(1 - gap)))
+    at_least = lambda t, share: t.double() >= _quantiles(t, [share])[0]
+    return Preferences(low, size, apart, high, at_least(low, reward) & at_least(size, length) & (apart.double() <= _quantiles(apart, [1 - gap])[0]))
 
 # %% ../../../nbs/sparsity/18_mixing.ipynb #Candidates
 class Candidates(NamedTuple):
-    "Of each set (N,): best less worst by the metric, and one minus the rank correlation of likelihood and metric, from 0 (agree) to 2."
+    "Of each set (N,): best less worst by the metric, and one minus the rank correlation of likelihood and metric, from 0 (agree) to 2; NaN, with a warning, where all candidates have the same."
     margin: Tensor
     surprise: Tensor
 
