@@ -95,7 +95,7 @@ def late_stopping(
     """Late stopping (Yuan et al. 2023, arXiv:2308.13862): shrink the data to what is learned, round by round, then train on it.
 
     At most `rounds` x `epochs` + `final` forward and backward passes per network and row, and `rounds` x `epochs` forward passes."""
-    check_count("rounds", rounds), check_count("most", most), check_count("epochs", epochs)
+    for name, n in dict(rounds=rounds, most=most, epochs=epochs, final=final).items(): check_count(name, n)
     if not 0 < share <= 1: refuse("share", share, "a share in (0, 1]")
     _check_labels(x, y, len(seeds))
     kept = torch.ones(len(seeds), len(x), dtype=torch.bool, device=x.device)
@@ -128,8 +128,9 @@ def confident_learning(
 )->Confident:
     "Confident learning with the counts of the confident joint (Northcutt et al. 2021, arXiv:1911.00068). No model calls."
     check_finite("probabilities", probabilities)
-    if probabilities.ndim != 2 or y.shape != probabilities.shape[:1]: refuse("probabilities", f"shape {tuple(probabilities.shape)} for {tuple(y.shape)} labels", "(N, C), a row for each label")
-    p, classes = probabilities.double(), probabilities.shape[1]
+    if probabilities.ndim != 2 or not len(probabilities) or y.shape != probabilities.shape[:1]: refuse("probabilities", f"shape {tuple(probabilities.shape)} for {tuple(y.shape)} labels", "(N, C), a row for each label")
+    if y.is_floating_point(): refuse("y", str(y.dtype), "whole numbers")
+    p, y, classes = probabilities.double(), y.long(), probabilities.shape[1]
     if p.min() < 0 or (p.sum(1) - 1).abs().max() > 1e-3: refuse("probabilities", "rows that do not add up to 1", "probabilities")
     sizes = torch.bincount(y, minlength=classes) if int(y.min()) >= 0 else y.new_zeros(0)
     if len(sizes) != classes or not sizes.all(): refuse("y", f"labels from {int(y.min())} to {int(y.max())}, {int((sizes > 0).sum())} classes of them", f"all of 0 to {classes - 1}")
@@ -183,14 +184,15 @@ def truncated_losses(
 )->Truncated:
     """Cross entropy of the tokens that a model does not find odd: error norm truncation (Li et al. 2024, arXiv:2310.00840), or with by="loss" loss truncation (Kang and Hashimoto 2020, arXiv:2004.14589), of tokens.
 
-    Begin without share and threshold until the model knows something. No model calls."""
+    Begin without share and threshold until the model knows something. A share leaves at least one token, a threshold may leave none. No model calls."""
     if by not in ("norm", "loss"): refuse("by", repr(by), '"norm" or "loss"')
     if share is not None and threshold is not None: refuse("share, threshold", f"{share}, {threshold}", "at most one of the two")
     if share is not None and not 0 <= share < 1: refuse("share", share, "a share in [0, 1)")
+    if threshold is not None and not threshold >= 0: refuse("threshold", threshold, "a number from 0")
     kept = _check_targets(logits, targets, ignore)
-    losses = cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=ignore).view(targets.shape)
+    losses = cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction="none", ignore_index=ignore).view(targets.shape)
     if share is not None or threshold is not None:
-        scores = error_norms(logits, targets, ignore) if by == "norm" else losses.detach()
-        if threshold is not None: kept = kept & (scores <= threshold)
-        else: kept = top(-scores.flatten()[None], k=int(kept.sum()) - count_of(share, int(kept.sum())), valid=kept.flatten()[None]).view(kept.shape)
+        scores, count = error_norms(logits, targets, ignore) if by == "norm" else losses.detach(), int(kept.sum())
+        if threshold is not None: kept = kept & (check_finite("scores", scores) <= threshold)
+        else: kept = top(-scores.flatten()[None], k=max(1, count - count_of(share, count)), valid=kept.flatten()[None]).view(kept.shape)
     return Truncated(torch.where(kept, losses, 0.), kept)
