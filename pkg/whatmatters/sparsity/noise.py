@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn.functional import cross_entropy
-from ..core.ensemble import Ensemble, adam, train_ensemble
+from ..core.ensemble import Ensemble, adam, checkpoints, train_ensemble
 from ..core.keep import count_of, top
 from ..core.values import check_count, check_finite, refuse
 
@@ -62,7 +62,8 @@ def learned(
     "What networks say of every example after each epoch: for `first_learned`, and any other score of training dynamics. One forward and one backward pass per network, row and epoch, and a forward pass more."
     _check_labels(x, y, len(seeds), kept)
     weights = None if kept is None else kept.to(x.dtype)
-    return torch.stack([e.predict(x) for e in _epochs(make, x, y, seeds, weights, check_count("epochs", epochs), optimizer, batch_size)])
+    way = checkpoints(make, x, y, seeds, check_count("epochs", epochs), range(1, epochs + 1), weights=weights, optimizer=optimizer, batch_size=batch_size)
+    return torch.stack([ensemble.predict(x) for ensemble in way])
 
 def _check_labels(x, y, members, kept=None):
     shapes = ((len(x),), (members, len(x)))
