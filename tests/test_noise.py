@@ -97,11 +97,17 @@ def test_what_is_not_kept_is_not_learned_from():
     torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("changed, match", [(dict(y=torch.zeros(30).long()), "one class only"), (dict(y=torch.arange(30) % 3 - 1), "labels below 0"), (dict(y=torch.rand(30)), "y: got torch.float32"), (dict(y=torch.arange(29) % 3), "y: got"),
+@pytest.mark.parametrize("changed, match", [(dict(y=torch.zeros(30).long()), "one class only"), (dict(y=torch.arange(30) % 4), "y: got label 3; want 0 to 2"), (dict(x=torch.zeros(0, 6), y=torch.zeros(0).long()), "x: got no rows"), (dict(y=torch.arange(30) % 3 - 1), "labels below 0"), (dict(y=torch.rand(30)), "y: got torch.float32"), (dict(y=torch.arange(29) % 3), "y: got"),
                                             (dict(share=0.), "share"), (dict(final=0), "final"), (dict(rounds=0), "rounds"), (dict(epochs=0), "epochs"), (dict(most=0), "most")])
 def test_bad_input_of_late_stopping_is_refused(changed, match):
     given = dict(x=torch.randn(30, 6, generator=seeded(0)), y=torch.arange(30) % 3) | changed
     with pytest.raises(ValueError, match=match): late_stopping(net, seeds=[0], **given)
+
+
+def test_one_member_of_one_class_is_refused_and_the_kind_of_whole_number_does_not_matter():
+    x, y, *_ = blobs(30)
+    with pytest.raises(ValueError, match="one class only"): learned(net, x, torch.stack([y, y * 0]), [0, 1])
+    assert torch.equal(learned(net, x, y.int(), [0], epochs=1), learned(net, x, y, [0], epochs=1))
 
 
 # ---- confident learning

@@ -60,16 +60,21 @@ def learned(
     batch_size:int=64,
 )->Tensor:            # (epochs, M, N, C), the logits after each epoch
     "What networks say of every example after each epoch: for `first_learned`, and any other score of training dynamics. One forward and one backward pass per network, row and epoch, and a forward pass more."
-    _check_labels(x, y, len(seeds), kept)
+    y = _check_labels(make, x, y, len(seeds), kept)
     weights = None if kept is None else kept.to(x.dtype)
     way = checkpoints(make, x, y, seeds, check_count("epochs", epochs), range(1, epochs + 1), weights=weights, optimizer=optimizer, batch_size=batch_size)
     return torch.stack([ensemble.predict(x) for ensemble in way])
 
-def _check_labels(x, y, members, kept=None):
+def _check_labels(make, x, y, members, kept=None):
+    "The labels, which have to be classes of the network; it is asked for a row to see how many there are."
+    if not len(x): refuse("x", "no rows", "at least two")
     shapes = ((len(x),), (members, len(x)))
     if y.shape not in shapes or y.is_floating_point(): refuse("y", f"{y.dtype} of shape {tuple(y.shape)}", f"whole numbers of shape {shapes[0]} or {shapes[1]}")
-    if int(y.min()) < 0 or (y == y.flatten()[0]).all(): refuse("y", "labels below 0" if int(y.min()) < 0 else "one class only", "labels from 0, at least two classes")
+    if members and (int(y.min()) < 0 or (y == y[..., :1]).all(-1).any()): refuse("y", "labels below 0" if int(y.min()) < 0 else "one class only", "labels from 0, at least two classes")
+    with torch.random.fork_rng(), torch.no_grad(): classes = make().to(x.device).eval()(x[:1]).shape[-1]
+    if int(y.max()) >= classes: refuse("y", f"label {int(y.max())}", f"0 to {classes - 1}, as many as the network has outputs")
     if kept is not None and (kept.shape != shapes[1] or kept.dtype != torch.bool): refuse("kept", f"{kept.dtype} of shape {tuple(kept.shape)}", f"booleans of shape {shapes[1]}")
+    return y.long()
 
 # %% ../../../nbs/sparsity/19_noise.ipynb #Stopped
 class Stopped(NamedTuple):
@@ -98,7 +103,7 @@ def late_stopping(
     At most `rounds` x `epochs` + `final` forward and backward passes per network and row, and `rounds` x `epochs` forward passes."""
     for name, n in dict(rounds=rounds, most=most, epochs=epochs, final=final).items(): check_count(name, n)
     if not 0 < share <= 1: refuse("share", share, "a share in (0, 1]")
-    _check_labels(x, y, len(seeds))
+    y = _check_labels(make, x, y, len(seeds))
     kept = torch.ones(len(seeds), len(x), dtype=torch.bool, device=x.device)
     gone = torch.zeros_like(kept, dtype=torch.long)
     for number in range(rounds):
