@@ -97,11 +97,17 @@ def test_what_is_not_kept_is_not_learned_from():
     torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("changed, match", [(dict(y=torch.zeros(30).long()), "one class only"), (dict(y=torch.arange(30) % 3 - 1), "labels below 0"), (dict(y=torch.rand(30)), "y: got torch.float32"), (dict(y=torch.arange(29) % 3), "y: got"),
-                                            (dict(share=0.), "share"), (dict(rounds=0), "rounds"), (dict(epochs=0), "epochs"), (dict(most=0), "most")])
+@pytest.mark.parametrize("changed, match", [(dict(y=torch.zeros(30).long()), "one class only"), (dict(y=torch.arange(30) % 4), "y: got label 3; want 0 to 2"), (dict(x=torch.zeros(0, 6), y=torch.zeros(0).long()), "x: got no rows"), (dict(y=torch.arange(30) % 3 - 1), "labels below 0"), (dict(y=torch.rand(30)), "y: got torch.float32"), (dict(y=torch.arange(29) % 3), "y: got"),
+                                            (dict(share=0.), "share"), (dict(final=0), "final"), (dict(rounds=0), "rounds"), (dict(epochs=0), "epochs"), (dict(most=0), "most")])
 def test_bad_input_of_late_stopping_is_refused(changed, match):
     given = dict(x=torch.randn(30, 6, generator=seeded(0)), y=torch.arange(30) % 3) | changed
     with pytest.raises(ValueError, match=match): late_stopping(net, seeds=[0], **given)
+
+
+def test_one_member_of_one_class_is_refused_and_the_kind_of_whole_number_does_not_matter():
+    x, y, *_ = blobs(30)
+    with pytest.raises(ValueError, match="one class only"): learned(net, x, torch.stack([y, y * 0]), [0, 1])
+    assert torch.equal(learned(net, x, y.int(), [0], epochs=1), learned(net, x, y, [0], epochs=1))
 
 
 # ---- confident learning
@@ -135,7 +141,13 @@ def test_joint_is_a_distribution_with_the_labels_at_its_margin():
     assert told.joint.min() >= 0 and (told.joint.diagonal() > .1).all()
 
 
-@pytest.mark.parametrize("p, y, match", [(torch.ones(4, 2) / 2, torch.zeros(4).long(), "all of 0 to 1"), (torch.ones(4, 2), torch.tensor([0, 1, 0, 1]), "probabilities"), (torch.ones(4, 2) / 2, torch.tensor([0, 1, 2, 1]), "y: got labels from 0 to 2"),
+def test_suspicion_is_the_margin_of_label_quality():
+    from whatmatters.attribution.examples import label_quality
+    p, y, _ = probabilities()
+    torch.testing.assert_close(confident_learning(p, y).scores, 1 - 2 * label_quality(p, y, "normalised margin", probabilities=True))
+
+
+@pytest.mark.parametrize("p, y, match", [(torch.ones(4, 2) / 2, torch.zeros(4), "y: got torch.float32"), (torch.ones(0, 2), torch.zeros(0).long(), "probabilities: got shape .0, 2."), (torch.ones(4, 2) / 2, torch.zeros(4).long(), "all of 0 to 1"), (torch.ones(4, 2), torch.tensor([0, 1, 0, 1]), "probabilities"), (torch.ones(4, 2) / 2, torch.tensor([0, 1, 2, 1]), "y: got labels from 0 to 2"),
                                          (torch.ones(4, 2) / 2, torch.tensor([0, 1, -1, 1]), "y: got labels from -1"), (torch.ones(4, 2) / 2, torch.zeros(3).long(), "probabilities: got shape")])
 def test_bad_input_of_confident_learning_is_refused(p, y, match):
     with pytest.raises(ValueError, match=match): confident_learning(p, y)
@@ -179,9 +191,15 @@ def test_truncation_drops_the_highest_scores(by):
 
 
 @pytest.mark.parametrize("changed, match", [(dict(targets=torch.tensor([0, 5])), "targets: got 5; want 0 to 4"), (dict(targets=torch.tensor([0, -1])), "targets: got -1"), (dict(targets=torch.tensor([0, 1, 2])), "targets: got torch.int64 of shape"),
-                                            (dict(targets=torch.tensor([-100, -100])), "at least one token"), (dict(share=.1, threshold=1.), "at most one"), (dict(share=1.), "share: got 1.0"), (dict(by="entropy"), "by: got 'entropy'")])
+                                            (dict(targets=torch.tensor([-100, -100])), "at least one token"), (dict(share=.1, threshold=1.), "at most one"), (dict(threshold=float("nan")), "threshold: got nan"), (dict(share=1.), "share: got 1.0"), (dict(by="entropy"), "by: got 'entropy'")])
 def test_bad_input_of_truncation_is_refused(changed, match):
     with pytest.raises(ValueError, match=match): truncated_losses(torch.zeros(2, 5), **dict(targets=torch.tensor([0, 1])) | changed)
+
+
+def test_a_share_leaves_a_token_and_a_broken_model_is_not_taken_for_odd_tokens():
+    assert truncated_losses(torch.zeros(1, 5), torch.tensor([2]), share=.9).kept.all() and not truncated_losses(torch.zeros(1, 5), torch.tensor([2]), threshold=.1).kept.any()
+    with pytest.raises(ValueError, match="scores: got 2 NaN"): truncated_losses(torch.full((2, 5), float("nan")), torch.tensor([0, 1]), threshold=1.)
+    assert torch.equal(truncated_losses(torch.zeros(2, 5), torch.tensor([2, 3]).int(), share=.5).kept, torch.tensor([True, False])) # of equal scores the first stays
 
 
 # ---- tokens to learn from
@@ -261,6 +279,48 @@ def test_the_share_of_each_answer_is_learned_from_and_padding_never(by):
     assert not tuned.network.training and all(p.requires_grad for p in tuned.network.parameters())
 
 
+def padded(side):
+    "Two rows with questions of 3 and 5 tokens and answers of 4 and 6."
+    g, lengths = seeded(0), ((3, 4), (5, 6))
+    ids, labels, mask = torch.zeros(2, 11, dtype=torch.long), torch.full((2, 11), -100), torch.zeros(2, 11, dtype=torch.long)
+    for row, (question, answer) in enumerate(lengths):
+        n = question + answer
+        at = slice(11 - n, 11) if side == "left" else slice(0, n)
+        ids[row, at], mask[row, at] = torch.randint(30, (n,), generator=g), 1
+        labels[row, at] = ids[row, at].masked_fill(torch.arange(n) < question, -100)
+    return dict(input_ids=ids, labels=labels, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("by", ["all", "both", "reference"])
+def test_padding_on_the_left_is_padding_on_the_right(name, by):
+    past = model(name)
+    with torch.no_grad():
+        for p in past.parameters(): p.mul_(1.1)
+    run = lambda batch, by=by, **o: tune_selected(model(name), [batch], by, epochs=2, reference=past if by == "reference" else None, optimizer=partial(torch.optim.SGD, lr=.1), **o)
+    left, right = run(padded("left"), ratio=.5), run(padded("right"), ratio=.5)
+    assert left.losses == pytest.approx(right.losses, rel=1e-4)
+    on = lambda tuned, side: [row[labels[1:] != -100].tolist() for row, labels in zip(tuned.kept[0], padded(side)["labels"])]
+    assert on(left, "left") == on(right, "right") and (by == "all" or left.kept[0].sum(1).tolist() == [2, 3])
+    whole, all_of_them = run(padded("left"), ratio=1.), run(padded("left"), "all") if by != "reference" else run(padded("left"), ratio=1.)
+    for p, q in zip(whole.network.parameters(), all_of_them.network.parameters()): torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3)
+
+
+def test_a_short_answer_keeps_a_token_and_padding_has_no_label():
+    short = dict(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[-100, -100, 3]]))
+    tuned = tune_selected(model(), [short], "both", ratio=.3, epochs=3) # .3 of one token rounds to none
+    assert all(l == l for l in tuned.losses) and tuned.kept[0].tolist() == [[False, True]] and all(p.isfinite().all() for p in tuned.network.parameters())
+    labelled = dict(input_ids=torch.tensor([[1, 2, 3, 0]]), labels=torch.tensor([[-100, 2, 3, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0]]))
+    assert tune_selected(model(), [labelled], "all").kept[0].tolist() == [[True, True, False]]
+
+
+def test_gradients_from_before_do_not_count():
+    used, fresh = model(), model()
+    for p in used.parameters(): p.grad = torch.ones_like(p)
+    for network in (used, fresh): tune_selected(network, [batch()], "history")
+    assert all(torch.equal(p, q) for p, q in zip(used.parameters(), fresh.parameters()))
+
+
 def test_a_moving_history_is_between_the_model_and_its_past():
     batches = [batch(seed=s) for s in range(3)]
     run = lambda **o: tune_selected(model(), batches, "history", epochs=2, optimizer=partial(torch.optim.SGD, lr=.5), **o)
@@ -271,7 +331,8 @@ def test_a_moving_history_is_between_the_model_and_its_past():
 
 
 @pytest.mark.parametrize("changed, match", [(dict(by="loss"), "by: got 'loss'"), (dict(by="reference"), "reference: got NoneType"), (dict(ratio=0.), "ratio"), (dict(ema=1.), "ema"), (dict(batches=[]), "batches: got none"), (dict(epochs=0), "epochs"),
-                                            (dict(batches=[torch.zeros(2, 3).long()]), "batches: got Tensor"), (dict(batches=[dict(input_ids=torch.ones(1, 4).long(), labels=torch.full((1, 4), -100))]), "without an answer"), (dict(gamma=2.), "gamma"), (dict(layer=3), "layer: got 3")])
+                                            (dict(batches=[torch.zeros(2, 3).long()]), "batches: got Tensor"), (dict(batches=[dict(input_ids=torch.ones(1, 4).long(), labels=torch.full((1, 4), -100))]), "without an answer"), (dict(batches=[dict(input_ids=torch.ones(1, 4).long(), labels=torch.ones(1, 3).long())]), "batches: got input_ids .1, 4., labels .1, 3."),
+                                            (dict(gamma=2.), "gamma"), (dict(layer=3), "layer: got 3")])
 def test_bad_input_of_tuning_is_refused(changed, match):
     with pytest.raises(ValueError, match=match): tune_selected(**dict(network=model(), batches=[batch()]) | changed)
 

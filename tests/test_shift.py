@@ -81,6 +81,7 @@ def test_no_overlap_is_refused():
     for f in (lambda: density_ratio(normals(30), normals(30) + 50), lambda: retasa(normals(30), normals(30), normals(30) + 50)):
         with pytest.raises(ValueError, match="target: got examples .*; want a target that overlaps"): f()
     with pytest.raises(ValueError, match="target: got 2 features"): density_ratio(torch.rand(9, 3), torch.rand(9, 2))
+    with pytest.raises(ValueError, match="at: got 2 features; want 1"): density_ratio(normals(9), normals(9, seed=1), torch.rand(3, 2))
     with pytest.raises(ValueError, match="source: got 1 NaN"): density_ratio(torch.tensor([float("nan"), 1.]), torch.rand(2))
 
 
@@ -99,6 +100,8 @@ def test_matching_for_a_shift_of_y_is_a_smooth_function_of_y():
     w = kernel_mean_matching(x, t, y)
     assert torch.corrcoef(torch.stack([w, truth]))[0, 1] > .6
     with pytest.raises(ValueError, match="y: got shape"): kernel_mean_matching(x, t, y[:5])
+    for change, said in ((dict(source=x[:1]), "source: got 1 rows"), (dict(target=t[:0]), "target: got 0 rows"), (dict(bound=0), "bound: got 0"), (dict(ridge=0.), "ridge: got 0"), (dict(target=t + 1000), "like none of the source")):
+        with pytest.raises(ValueError, match=said): kernel_mean_matching(**dict(source=x, target=t) | change)
 
 
 # retasa
@@ -134,7 +137,7 @@ def test_retasa_elsewhere_and_with_a_large_penalty():
     assert (retasa(x, y, t, 1e8) - 1).abs().max() < 1e-3 and retasa(x, y, t, at=torch.tensor([0., 1.])).shape == (2,)
 
 
-@pytest.mark.parametrize("change, said", [(dict(penalty=0.), "penalty: got 0.0"), (dict(ratio=torch.ones(3)), "ratio: got shape"), (dict(ratio=-torch.ones(40)), "ratio: got 40 negative"), (dict(ratio=torch.zeros(40)), "ratio: got 40 zeros"),
+@pytest.mark.parametrize("change, said", [(dict(penalty=0.), "penalty: got 0.0"), (dict(widths=(0., 1.)), "widths: got"), (dict(ratio=torch.ones(3)), "ratio: got shape"), (dict(ratio=-torch.ones(40)), "ratio: got 40 negative"), (dict(ratio=torch.zeros(40)), "ratio: got 40 zeros"),
                                           (dict(y=torch.ones(3)), "y: got shape"), (dict(y=torch.full((40,), float("nan"))), "y: got 40 NaN"), (dict(x=torch.full((40,), float("inf"))), "x: got 40 NaN")])
 def test_retasa_refuses(change, said):
     x, y, t, _ = moving(40)

@@ -126,7 +126,10 @@ def test_presence_weights_refuse():
     with pytest.raises(ValueError, match="temperature: got 0"): presence_weights(torch.ones(3), 1, 0)
     with pytest.raises(ValueError, match="influence: got 1 negative"): presence_weights(torch.tensor([1., -1.]), 1)
     with pytest.raises(ValueError, match="influence: got 1 NaN"): presence_weights(torch.tensor([1., float("nan")]), 1)
+    with pytest.raises(ValueError, match="influence: got shape .0,."): presence_weights(torch.zeros(0), 1)
     assert presence_weights(torch.zeros(2), 2).tolist() == [.5, .5] # nothing is left to learn
+    assert presence_weights(torch.zeros(2).half(), 2).tolist() == [.5, .5]
+    torch.testing.assert_close(presence_weights(torch.tensor([1e-35, 3e-35]), 1), presence_weights(torch.tensor([1., 3.]), 1)) # nearly nothing
 
 
 def test_a_language_model_trains_with_both_phases():
@@ -193,7 +196,9 @@ def test_curriculum_ends():
     with pytest.raises(ValueError, match="difficulty: got values"): curriculum_weights(d + 1, 0, 5)
     with pytest.raises(ValueError, match="epoch: got -1"): curriculum_weights(d, -1, 5)
     with pytest.raises(ValueError, match="kind: got 'rank'"): difficulty(torch.rand(2, 3), "rank")
-    with pytest.raises(ValueError, match="scores: got shape"): difficulty(torch.rand(3))
+    for bad in (torch.rand(3), torch.rand(0, 3)):
+        with pytest.raises(ValueError, match="scores: got shape"): difficulty(bad)
+    for kind in ("reciprocal", "normalised", "percentile"): torch.testing.assert_close(difficulty(torch.tensor([[1, 3, 2]]), kind), difficulty(torch.tensor([[1., 3, 2]]), kind))
 
 
 # tasks
@@ -228,7 +233,13 @@ def test_allocation_sums_up_and_keeps_its_floor():
     assert allocate(torch.tensor([1., 2.]), 50, costs=costs).tolist() == [10, 10] # |nu| / sqrt(cost) is the same
     with pytest.raises(ValueError, match="relevance: got 2 zeros"): allocate(torch.zeros(2), 5)
     with pytest.raises(ValueError, match="total: got 5"): allocate(torch.ones(2), 5, floor=3)
-    with pytest.raises(ValueError, match="costs: got shape"): allocate(torch.ones(2), 5, costs=torch.tensor([1., 0.]))
+    for cost in (0., float("inf")):
+        with pytest.raises(ValueError, match="costs: got .1.0, "): allocate(torch.ones(2), 5, costs=torch.tensor([1., cost]))
+    with pytest.raises(ValueError, match="power: got -1"): allocate(torch.ones(2), 5, power=-1)
+    for i in range(20): # with costs never more than the budget, and not so much less that the dearest task could have one more
+        costs = torch.rand(6, generator=g) * 5 + .5
+        spent = float(costs.double() @ allocate(torch.randn(6, generator=g), 200, costs=costs).double())
+        assert 200 - 6 * float(costs.max()) < spent <= 200
 
 
 # self-improvement
@@ -238,6 +249,7 @@ def test_extent_is_the_ratio_folded_at_one():
     w = 2. / losses
     torch.testing.assert_close(shift_extent(losses, torch.tensor([1., 3.]), most=100., far=100.), torch.maximum(w, 1 / w))
     assert shift_extent(losses, torch.tensor([2.])).max() <= 5 and shift_extent(torch.tensor([1e-9]), torch.tensor([2.])) == 2
+    with pytest.raises(ValueError, match="most, far: got 0, 5.0"): shift_extent(losses, torch.ones(2), most=0)
     with pytest.raises(ValueError, match="wanted: got losses that are all zero"): shift_extent(losses, torch.zeros(2))
     with pytest.raises(ValueError, match="wanted: got shape .0,."): shift_extent(losses, torch.zeros(0))
     with pytest.raises(ValueError, match="losses: got shape"): shift_extent(-losses, torch.ones(2))

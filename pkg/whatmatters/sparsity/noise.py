@@ -60,16 +60,21 @@ def learned(
     batch_size:int=64,
 )->Tensor:            # (epochs, M, N, C), the logits after each epoch
     "What networks say of every example after each epoch: for `first_learned`, and any other score of training dynamics. One forward and one backward pass per network, row and epoch, and a forward pass more."
-    _check_labels(x, y, len(seeds), kept)
+    y = _check_labels(make, x, y, len(seeds), kept)
     weights = None if kept is None else kept.to(x.dtype)
     way = checkpoints(make, x, y, seeds, check_count("epochs", epochs), range(1, epochs + 1), weights=weights, optimizer=optimizer, batch_size=batch_size)
     return torch.stack([ensemble.predict(x) for ensemble in way])
 
-def _check_labels(x, y, members, kept=None):
+def _check_labels(make, x, y, members, kept=None):
+    "The labels, which have to be classes of the network; it is asked for a row to see how many there are."
+    if not len(x): refuse("x", "no rows", "at least two")
     shapes = ((len(x),), (members, len(x)))
     if y.shape not in shapes or y.is_floating_point(): refuse("y", f"{y.dtype} of shape {tuple(y.shape)}", f"whole numbers of shape {shapes[0]} or {shapes[1]}")
-    if int(y.min()) < 0 or (y == y.flatten()[0]).all(): refuse("y", "labels below 0" if int(y.min()) < 0 else "one class only", "labels from 0, at least two classes")
+    if members and (int(y.min()) < 0 or (y == y[..., :1]).all(-1).any()): refuse("y", "labels below 0" if int(y.min()) < 0 else "one class only", "labels from 0, at least two classes")
+    with torch.random.fork_rng(), torch.no_grad(): classes = make().to(x.device).eval()(x[:1]).shape[-1]
+    if int(y.max()) >= classes: refuse("y", f"label {int(y.max())}", f"0 to {classes - 1}, as many as the network has outputs")
     if kept is not None and (kept.shape != shapes[1] or kept.dtype != torch.bool): refuse("kept", f"{kept.dtype} of shape {tuple(kept.shape)}", f"booleans of shape {shapes[1]}")
+    return y.long()
 
 # %% ../../../nbs/sparsity/19_noise.ipynb #Stopped
 class Stopped(NamedTuple):
@@ -96,9 +101,9 @@ def late_stopping(
     """Late stopping (Yuan et al. 2023, arXiv:2308.13862): shrink the data to what is learned, round by round, then train on it.
 
     At most `rounds` x `epochs` + `final` forward and backward passes per network and row, and `rounds` x `epochs` forward passes."""
-    check_count("rounds", rounds), check_count("most", most), check_count("epochs", epochs)
+    for name, n in dict(rounds=rounds, most=most, epochs=epochs, final=final).items(): check_count(name, n)
     if not 0 < share <= 1: refuse("share", share, "a share in (0, 1]")
-    _check_labels(x, y, len(seeds))
+    y = _check_labels(make, x, y, len(seeds))
     kept = torch.ones(len(seeds), len(x), dtype=torch.bool, device=x.device)
     gone = torch.zeros_like(kept, dtype=torch.long)
     for number in range(rounds):
@@ -129,8 +134,9 @@ def confident_learning(
 )->Confident:
     "Confident learning with the counts of the confident joint (Northcutt et al. 2021, arXiv:1911.00068). No model calls."
     check_finite("probabilities", probabilities)
-    if probabilities.ndim != 2 or y.shape != probabilities.shape[:1]: refuse("probabilities", f"shape {tuple(probabilities.shape)} for {tuple(y.shape)} labels", "(N, C), a row for each label")
-    p, classes = probabilities.double(), probabilities.shape[1]
+    if probabilities.ndim != 2 or not len(probabilities) or y.shape != probabilities.shape[:1]: refuse("probabilities", f"shape {tuple(probabilities.shape)} for {tuple(y.shape)} labels", "(N, C), a row for each label")
+    if y.is_floating_point(): refuse("y", str(y.dtype), "whole numbers")
+    p, y, classes = probabilities.double(), y.long(), probabilities.shape[1]
     if p.min() < 0 or (p.sum(1) - 1).abs().max() > 1e-3: refuse("probabilities", "rows that do not add up to 1", "probabilities")
     sizes = torch.bincount(y, minlength=classes) if int(y.min()) >= 0 else y.new_zeros(0)
     if len(sizes) != classes or not sizes.all(): refuse("y", f"labels from {int(y.min())} to {int(y.max())}, {int((sizes > 0).sum())} classes of them", f"all of 0 to {classes - 1}")
@@ -184,14 +190,15 @@ def truncated_losses(
 )->Truncated:
     """Cross entropy of the tokens that a model does not find odd: error norm truncation (Li et al. 2024, arXiv:2310.00840), or with by="loss" loss truncation (Kang and Hashimoto 2020, arXiv:2004.14589), of tokens.
 
-    Begin without share and threshold until the model knows something. No model calls."""
+    Begin without share and threshold until the model knows something. A share leaves at least one token, a threshold may leave none. No model calls."""
     if by not in ("norm", "loss"): refuse("by", repr(by), '"norm" or "loss"')
     if share is not None and threshold is not None: refuse("share, threshold", f"{share}, {threshold}", "at most one of the two")
     if share is not None and not 0 <= share < 1: refuse("share", share, "a share in [0, 1)")
+    if threshold is not None and not threshold >= 0: refuse("threshold", threshold, "a number from 0")
     kept = _check_targets(logits, targets, ignore)
-    losses = cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=ignore).view(targets.shape)
+    losses = cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction="none", ignore_index=ignore).view(targets.shape)
     if share is not None or threshold is not None:
-        scores = error_norms(logits, targets, ignore) if by == "norm" else losses.detach()
-        if threshold is not None: kept = kept & (scores <= threshold)
-        else: kept = top(-scores.flatten()[None], k=int(kept.sum()) - count_of(share, int(kept.sum())), valid=kept.flatten()[None]).view(kept.shape)
+        scores, count = error_norms(logits, targets, ignore) if by == "norm" else losses.detach(), int(kept.sum())
+        if threshold is not None: kept = kept & (check_finite("scores", scores) <= threshold)
+        else: kept = top(-scores.flatten()[None], k=max(1, count - count_of(share, count)), valid=kept.flatten()[None]).view(kept.shape)
     return Truncated(torch.where(kept, losses, 0.), kept)

@@ -50,7 +50,7 @@ def pareto_k(
 
 # %% ../../../nbs/sparsity/22_shift.ipynb #Diagnosis
 class Diagnosis(NamedTuple):
-    "What weights are worth: examples N, effective sample size, share of the largest weight, Pareto k of the tail, and whether they can be relied on (k < 0.7 and an effective size of at least 10)."
+    "What weights are worth: examples N, effective sample size, share of the largest weight, Pareto k of the tail, and whether they can be relied on: an effective size of at least 10, and k < 0.7 where there are enough weights to fit it."
     examples: int
     effective: float
     largest: float
@@ -83,7 +83,8 @@ def density_ratio(
     classifier.fit(np.concatenate([s, t]), [0] * len(s) + [1] * len(t))
     inside, outside = (classifier.predict_proba(r)[:, 1] for r in (s, t))
     if inside.max() < outside.min(): refuse("target", "examples that a classifier tells from the source without error", "a target that overlaps with the source")
-    p = inside if at is None else classifier.predict_proba(rows("at", at))[:, 1]
+    if at is not None and (a := rows("at", at)).shape[1] != s.shape[1]: refuse("at", f"{a.shape[1]} features", f"{s.shape[1]}, as the source has")
+    p = inside if at is None else classifier.predict_proba(a)[:, 1]
     return torch.as_tensor(p / np.clip(1 - p, 1e-12, None) * len(s) / len(t)).to(source.device, source.dtype if source.is_floating_point() else torch.float32)
 
 # %% ../../../nbs/sparsity/22_shift.ipynb #kernel_mean_matching
@@ -91,26 +92,30 @@ def kernel_mean_matching(
     source:Tensor,        # inputs of the source, (N,) or (N, d)
     target:Tensor,        # inputs of the target, (M,) or (M, d)
     y:Tensor|None=None,   # targets of the source, (N,): weights for a shift of y; None: for a shift of x
-    bound:float=10.,      # largest weight
+    bound:float=10.,      # largest weight, before they are divided by their mean
     ridge:float=1e-3,     # lambda: of the regression on y, and a small ridge on the weights
 )->Tensor:                # (N,), mean 1
     "Weights by matching kernel means (Gretton et al. 2009; for a shift of y Zhang et al. 2013). Gaussian kernels as wide as the median distance. No model calls; N x N and M x N kernels."
     from scipy.optimize import minimize
-    check_finite("source", source), check_finite("target", target)
+    for name, value in dict(bound=bound, ridge=ridge).items():
+        if not value > 0: refuse(name, value, "a number above 0")
+    for name, v, least in (("source", source, 2), ("target", target, 1)):
+        if len(check_finite(name, v)) < least: refuse(name, f"{len(v)} rows", f"at least {least}")
     x, t = (v.double().reshape(len(v), -1) for v in (source, target))
     if x.shape[1] != t.shape[1]: refuse("target", f"{t.shape[1]} features", f"{x.shape[1]}, as the source has")
-    n, width = len(x), torch.pdist(x[:1000]).median().clamp_min(1e-12)
+    n, width = len(x), torch.pdist(x).median().clamp_min(1e-12)
     similar = lambda a, b, h: (-torch.cdist(a, b).square() / (2 * h * h)).exp()
     quadratic, linear = similar(x, x, width), similar(t, x, width).mean(0) * n
     if y is not None:
         z = check_rows("y", check_finite("y", y), x).double().reshape(n, -1)
-        kernel = similar(z, z, torch.pdist(z[:1000]).median().clamp_min(1e-12))
+        kernel = similar(z, z, torch.pdist(z).median().clamp_min(1e-12))
         smooth = torch.linalg.solve(kernel + ridge * n * torch.eye(n).to(kernel), kernel) # symmetric in effect: both factors share eigenvectors
         quadratic, linear = smooth @ quadratic @ smooth, smooth @ linear
     quadratic = (quadratic + ridge * torch.eye(n).to(quadratic)).cpu().numpy()
     linear = linear.cpu().numpy()
     found = minimize(lambda w: (.5 * w @ (g := quadratic @ w) - linear @ w, g - linear), [1.] * n, jac=True, method="L-BFGS-B", bounds=[(0, bound)] * n, options=dict(maxiter=500)).x
-    w = check_weights("target", torch.as_tensor(found))
+    if not found.any(): refuse("target", "inputs that are like none of the source", "a target that overlaps with the source")
+    w = torch.as_tensor(found)
     return (w / w.mean()).to(source.device, source.dtype if source.is_floating_point() else torch.float32)
 
 # %% ../../../nbs/sparsity/22_shift.ipynb #retasa
@@ -127,6 +132,7 @@ def retasa(
     x, z = (check_finite(name, t).double().reshape(len(t), -1) for name, t in (("x", x), ("y", check_rows("y", y, x))))
     if not penalty > 0: refuse("penalty", penalty, "a number above 0: without it the equation has no stable solution")
     if len(x) < 3: refuse("x", f"{len(x)} rows", "at least 3")
+    if not min(widths) > 0: refuse("widths", widths, "two numbers above 0")
     if ratio is None: ratio = density_ratio(x, target)
     n, eta = len(x), check_weights("ratio", check_rows("ratio", ratio, x)).to(x) - 1
     def smoother(a, b, width):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ..core.keep import top
 from ..core.language import token_losses
-from ..core.values import check_count, check_finite, refuse
+from ..core.values import check_count, refuse
 
 # %% ../../../nbs/sparsity/24_tokens.ipynb #token_scores
 def token_scores(
@@ -28,6 +28,7 @@ def token_scores(
     "What is worth learning: by a reference, or by history, attention, or both of them (ssToken, Qin et al. 2025, arXiv:2510.18250). No model calls."
     if reference is not None and (history is not None or attention is not None) or all(t is None for t in (reference, history, attention)):
         refuse("reference, history, attention", "none of them" if reference is None else "a reference and more", "a reference, or history, attention or both")
+    if valid.dtype != torch.bool: refuse("valid", valid.dtype, "booleans")
     for name, t in (("valid", valid), ("reference", reference), ("history", history), ("attention", attention)):
         if t is not None and t.shape != losses.shape: refuse(name, f"shape {tuple(t.shape)}", f"that of the losses, {tuple(losses.shape)}")
     if not 0 <= gamma <= 1: refuse("gamma", gamma, "a share in [0, 1]")
@@ -84,9 +85,9 @@ adamw = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.)
 
 def tune_selected(
     network,           # a causal model of transformers; trained in place
-    batches:list,      # mappings with `input_ids`, `labels` (-100: not learned), maybe `attention_mask`; in this order
+    batches:list,      # mappings with `input_ids`, `labels` (-100: not learned), maybe `attention_mask` and `position_ids`; in this order
     by:str="both",     # "all" tokens, or those chosen by "reference", "history", "attention", or "both" history and attention
-    ratio:float=.6,    # share of the tokens of each answer that are learned from
+    ratio:float=.6,    # share of the tokens of each answer that are learned from, at least one of each
     epochs:int=1,      # passes over the batches
     gamma:float=.5,    # weight of history with "both"
     reference=None,    # trained model, for "reference"
@@ -109,6 +110,7 @@ def tune_selected(
     fixed = [_losses(past, b) for b, _, _ in asked] if past is not None and (ema is None or by == "reference") else None
     network.train()
     stepper, losses = optimizer([p for p in network.parameters() if p.requires_grad]), []
+    stepper.zero_grad() # of what was done with the network before
     for epoch in range(epochs):
         kept = []
         for i, (batch, valid, prompt) in enumerate(asked):
@@ -118,7 +120,8 @@ def tune_selected(
                 given = {} if past is None else {"reference" if by == "reference" else "history": _losses(past, batch) if fixed is None else fixed[i]}
                 if by == "both" and len(losses) < first: given = {}
                 if by in ("attention", "both"): given["attention"] = prompt_attention(weights[0], prompt)
-                chosen = top(token_scores(each, valid, gamma=gamma, **given), ratio=ratio, valid=valid)
+                scores = token_scores(each, valid, gamma=gamma, **given)
+                chosen = top(scores, ratio=ratio, valid=valid) | top(scores, k=1, valid=valid) # a share of a short answer may be none
             loss = (each * chosen).sum() / chosen.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
@@ -133,10 +136,15 @@ def tune_selected(
 def _asked(batch):
     "A batch without its labels, the tokens of the answers (of all but the first token), and the tokens of the question."
     if not hasattr(batch, "keys") or "labels" not in batch or "input_ids" not in batch: refuse("batches", type(batch).__name__, "mappings with input_ids and labels")
-    given = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
-    learned, mask = batch["labels"] != -100, batch.get("attention_mask")
-    if not learned[:, 1:].any(1).all(): refuse("batches", "a row without an answer", "labels other than -100 behind the first token of every row")
-    return given, learned[:, 1:], ~learned if mask is None else ~learned & mask.bool()
+    given = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
+    ids, learned = batch["input_ids"], batch["labels"] != -100
+    mask = torch.ones_like(ids) if batch.get("attention_mask") is None else batch["attention_mask"]
+    if ids.ndim != 2 or learned.shape != ids.shape or mask.shape != ids.shape: refuse("batches", f"input_ids {tuple(ids.shape)}, labels {tuple(learned.shape)}, attention_mask {tuple(mask.shape)}", "all of them (rows, tokens)")
+    real = mask.bool()
+    if not real[:, 0].all(): given.setdefault("position_ids", (real.cumsum(1) - 1).clamp_min(0)) # padded on the left: GPT-2 and others count padding otherwise
+    valid = (learned & real)[:, 1:] & real[:, :-1]
+    if not valid.any(1).all(): refuse("batches", "a row without an answer", "labels other than -100 behind the first token of every row")
+    return given, valid, ~learned & real
 
 def _losses(network, batch):
     before = network.training

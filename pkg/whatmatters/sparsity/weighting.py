@@ -7,7 +7,6 @@ __all__ = ['SHAPES', 'check_weights', 'train_weighted', 'presence_weights', 'los
            'curriculum_weights', 'task_relevance', 'allocate', 'shift_extent', 'self_consistent', 'keep_self_generated']
 
 # %% ../../../nbs/sparsity/21_weighting.ipynb #92d03ef8
-import math
 import torch
 from torch import nn, Tensor
 from torch.nn.functional import cross_entropy
@@ -19,7 +18,7 @@ from ..core.values import check_count, check_finite, check_rows, refuse, seeded
 def check_weights(
     argument:str,   # name to report
     weights:Tensor, # of examples, (N,)
-)->Tensor:          # `weights`, unchanged
+)->Tensor:          # `weights`; whole numbers in double precision
     "Refuse weights that are not finite, negative, or all zero."
     if not isinstance(weights, Tensor) or weights.ndim != 1 or not len(weights): refuse(argument, f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__, "one weight per example, (N,)")
     if not weights.is_floating_point(): weights = weights.double()
@@ -74,11 +73,12 @@ def presence_weights(
     temperature:float=1.,    # of the softmax, in units of the batch's mean self-influence
 )->Tensor:                   # weights of the batch, (B,), sum 1
     "Weights of the two phases of PRESENCE (Thakkar et al. 2023, arXiv:2311.00913). No model calls; the self-influence costs a forward and a backward pass."
-    if influence.any(): check_weights("influence", influence)
+    if influence.ndim != 1 or not len(influence) or influence.any(): check_weights("influence", influence)
     if phase not in (1, 2): refuse("phase", repr(phase), "1 or 2")
     if not temperature > 0: refuse("temperature", temperature, "a number above 0")
-    sign = 1 if phase == 1 else -1
-    return (sign * influence / (temperature * influence.mean()).clamp_min(1e-30)).softmax(0) # all alike where nothing is left to learn
+    s, sign = influence.double(), 1 if phase == 1 else -1
+    weights = (sign * s / (temperature * s.mean()).clamp_min(1e-300)).softmax(0) # all alike where nothing is left to learn
+    return weights.to(influence.dtype if influence.is_floating_point() else torch.float32)
 
 # %% ../../../nbs/sparsity/21_weighting.ipynb #loss_weights
 SHAPES = dict(linupper=lambda h: (h + 1).clamp_max(1), quadratic=lambda h: 1 - h ** 2, extremes=torch.abs)
@@ -103,9 +103,10 @@ def difficulty(
     kind:str="reciprocal",   # "reciprocal" (rank), "normalised" (smallest to largest) or "percentile" (of a kernel density estimate)
 )->Tensor:                   # D in [0, 1], (Q, D): 1 for the easiest relevant answers, as in the paper
     "How easily a relevant answer is seen to be one, by query (MacAvaney et al. 2020, arXiv:2004.14269). Of an irrelevant answer it is one minus that. No model calls."
+    if not scores.is_floating_point(): scores = scores.float()
     check_finite("scores", scores)
-    if scores.ndim != 2 or scores.shape[1] < 2: refuse("scores", f"shape {tuple(scores.shape)}", "(queries, answers), at least two answers of each")
-    if kind == "reciprocal": return 1 / (ranks(scores) + 1).to(scores.dtype if scores.is_floating_point() else torch.float32)
+    if scores.ndim != 2 or not len(scores) or scores.shape[1] < 2: refuse("scores", f"shape {tuple(scores.shape)}", "(queries, answers), at least two answers of each")
+    if kind == "reciprocal": return 1 / (ranks(scores) + 1).to(scores.dtype)
     low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
     if kind == "normalised": return torch.where(high > low, (scores - low) / (high - low), .5)
     if kind != "percentile": refuse("kind", repr(kind), '"reciprocal", "normalised" or "percentile"')
@@ -155,10 +156,11 @@ def allocate(
     costs:Tensor|None=None, # of a sample of each task, (T,); `total` is then what may be spent, the shares go with |nu| / sqrt(cost)
 )->Tensor:                # samples of each task, (T,), whole numbers; their sum (or cost) is at most `total`, and just `total` without costs
     "Split samples over source tasks in proportion to relevance (Wang et al. 2023, arXiv:2306.02556). No model calls."
-    shares = check_weights("relevance", relevance.abs().double() ** power)
     check_count("floor", floor, 0), check_count("total", total)
-    costs = torch.ones_like(shares) if costs is None else costs.double()
-    if costs.shape != shares.shape or not (costs > 0).all(): refuse("costs", f"shape {tuple(costs.shape)}", f"{len(shares)} numbers above 0")
+    if not power > 0: refuse("power", power, "a number above 0")
+    shares = check_weights("relevance", relevance.abs().double() ** power)
+    costs = torch.ones_like(shares) if costs is None else costs.to(shares)
+    if costs.shape != shares.shape or not (costs > 0).all() or not costs.isfinite().all(): refuse("costs", f"{costs.tolist()}", f"{len(shares)} numbers above 0")
     spent = floor * float(costs.sum())
     if spent > total: refuse("total", total, f"at least {spent:g}, what the floor takes")
     shares = shares / costs.sqrt()
@@ -176,9 +178,10 @@ def shift_extent(
     far:float=5.,    # cap of 1 / w
 )->Tensor:           # extent of the distribution shift, shaped like `losses`, from 1: low is close to what is wanted
     "DSE: max(w, 1/w) of the DS weight w, the mean loss wanted over the sample's own (Jiang et al. 2024, arXiv:2408.09849; caps as in the authors' program). No model calls; the losses cost a forward pass each."
+    if not (most >= 1 and far >= 1): refuse("most, far", f"{most}, {far}", "caps of at least 1")
     for name, t in dict(losses=losses, wanted=wanted).items():
         if not t.numel() or check_finite(name, t).min() < 0: refuse(name, f"shape {tuple(t.shape)}, smallest {float(t.min()) if t.numel() else float('nan'):.3g}", "at least one loss, none negative")
-    mean = wanted.mean()
+    mean = wanted.mean(dtype=losses.dtype if losses.is_floating_point() else torch.float32).to(losses.device)
     if mean == 0: refuse("wanted", "losses that are all zero", "at least one above zero")
     weight = (mean / losses).clamp_max(most) # infinite for a loss of zero, then capped
     return torch.where(weight > 1, weight, (1 / weight).clamp_max(far))
@@ -189,7 +192,6 @@ def self_consistent(
 )->Tensor:          # boolean, (N, K): which agree with the most frequent answer of their question; of equally frequent ones the smallest
     "Answers of the majority (Wang et al. 2022, arXiv:2203.11171). No model calls."
     if answers.ndim != 2 or answers.is_floating_point() or not answers.numel(): refuse("answers", f"{answers.dtype} of shape {tuple(answers.shape)}", "whole numbers, (questions, answers)")
-    k = answers.shape[1]
     votes = (answers[:, :, None] == answers[:, None]).sum(2) * (answers >= 0)
     best = votes.amax(1, keepdim=True)
     chosen = torch.where(votes == best, answers, answers.max() + 1).amin(1, keepdim=True)
