@@ -144,6 +144,8 @@ def test_cartography_by_hand():
     torch.testing.assert_close(found.variability, torch.tensor([(2 * .04 / 3) ** .5, 0.]))
     torch.testing.assert_close(found.correctness, torch.tensor([1 / 3, 1.]))
     with pytest.raises(ValueError, match="correct: got shape"): cartography(p, (p > .5)[:, :1])
+    with pytest.raises(ValueError, match="want probabilities in \\[0, 1\\]"): cartography(3 * p, p > .5)
+    with pytest.raises(ValueError, match="margin: got torch.int64"): area_under_margin(torch.ones(3, 2).long())
 
 
 # ---- gradients of the input
@@ -190,6 +192,8 @@ def test_variance_of_gradients_refuses(blobs):
     with pytest.raises(ValueError, match="y: got shape"): variance_of_gradients([network] * 2, x, y[:5])
     with pytest.raises(ValueError, match="classes: got numbers from 0 to 3"): variance_of_gradients([network] * 2, x[:4], torch.arange(4))
     with pytest.raises(ValueError, match="x: got torch.int64"): variance_of_gradients([network] * 2, x.long(), y)
+    with pytest.raises(ValueError, match="y: got torch.float32"): variance_of_gradients([network] * 2, x, y.float())
+    with pytest.raises(ValueError, match="valid: got torch.bool of shape"): variance_of_gradients([network] * 2, x, y, valid=torch.ones(5).bool())
 
 
 # ---- information and labels
@@ -200,6 +204,7 @@ def test_information_of_a_model_that_learnt_frequencies_is_none():
     torch.testing.assert_close(pointwise_v_information(frequencies, y), torch.zeros(4))
     torch.testing.assert_close(pointwise_v_information(frequencies, y, null=torch.zeros(2)), torch.tensor([1.5, 1.5, 1.5, .5]).log2())
     torch.testing.assert_close(pointwise_v_information(frequencies.exp(), y, null=torch.tensor([.5, .5]), probabilities=True), torch.tensor([1.5, 1.5, 1.5, .5]).log2())
+    with pytest.raises(ValueError, match="null: got shape"): pointwise_v_information(frequencies, y, null=torch.zeros(3))
     wrong = pointwise_v_information(torch.tensor([[0., 4.]]).expand(4, -1), y)
     assert (wrong[:3] < 0).all() and wrong[3] > 0
 

@@ -276,6 +276,17 @@ def test_log_odds(pairs):
     torch.testing.assert_close(softplus(-log_odds(network, pairs[0])), example_losses(network, pairs[0]))
     with pytest.raises(ValueError, match="batch: got a Tensor"): log_odds(network, x)
     with pytest.raises(ValueError, match="no class for each row"): log_odds(network, (x, x))
+    with pytest.raises(ValueError, match="batch: got labels from"): log_odds(network, (x, y + 9))
+
+
+@pytest.mark.parametrize("solver", ["exact", "cg", "arnoldi", "ekfac"])
+def test_damping_that_is_none_is_refused(pairs, solver):
+    for damping in (-.1, torch.nan):
+        with pytest.raises(ValueError, match="damping: got"): influence(mlp(), *pairs, solver, damping)
+
+
+def test_ekfac_is_not_of_losses_that_it_has_not_seen(pairs):
+    with pytest.raises(ValueError, match="losses: got a function beside"): influence(mlp(), *pairs, "ekfac", losses=log_odds)
 
 
 def test_trak_without_projection_is_its_formula(pairs):
@@ -385,6 +396,7 @@ def test_bad_input_of_representers_is_refused():
     with pytest.raises(ValueError, match="an entry that comes twice"): complete(entries[[0, 0]], draw(2), (2, 3), 1.)
     with pytest.raises(ValueError, match="values: got shape"): complete(entries, draw(2), (2, 3), 1.)
     with pytest.warns(UserWarning, match="after 1 steps"): complete(entries, draw(3), (2, 3), .01, steps=1)
+    with pytest.raises(ValueError, match="start: got shape"): complete(entries, draw(3), (2, 3), 1., start=draw(3, 2))
     with pytest.raises(ValueError, match="side: got 'left'"): low_rank_representers(entries, lambda z: z, draw(2, 3), 1., entries, "left")
 
 
@@ -402,3 +414,5 @@ def test_entities_share_the_sizes_of_the_scores_of_their_cells():
     with pytest.raises(ValueError, match="cells: got entities up to"): entity_importance(scores, cells, (4, 5, 3))
     with pytest.raises(ValueError, match="scores: got zeros"): entity_importance(scores * 0, cells, (4, 6, 3))
     with pytest.raises(ValueError, match="cells: got torch.float64"): entity_importance(scores, cells.double(), (4, 6, 3))
+    with pytest.raises(ValueError, match="shares: got negative"): draw_cells([-shares[0]], 3)
+    with pytest.raises(ValueError, match="shares: got none"): draw_cells([], 3)

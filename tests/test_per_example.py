@@ -1,4 +1,5 @@
 "Gradients of examples against a loop over them, on architectures of many kinds; planted trouble."
+import gc
 import pytest
 import torch
 from torch import nn
@@ -127,11 +128,30 @@ def test_memory_does_not_grow_with_the_examples():
     torch.manual_seed(0)
     network, sizes = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 5)), []
     def losses(network, batch):
-        held = sum(t.numel() for t in __import__("gc").get_objects() if isinstance(t, torch.Tensor) and t.shape[:1] == (32,))
+        held = sum(t.numel() for t in gc.get_objects() if type(t) is torch.Tensor and t.shape[:1] == (32,))
         sizes.append(held)
         return example_losses(network, batch)
     gradient_norms(network, (torch.randn(640, 64), torch.randint(5, (640,))), losses, chunk=32)
     assert max(sizes[3:]) <= 1.05 * max(sizes[:3])  # what was heard of one chunk is gone before the next
+
+
+def test_double_precision_stays_double():
+    torch.manual_seed(0)
+    network, batch = nn.Sequential(nn.Embedding(7, 5), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)).double(), (torch.randint(7, (6, 4)), torch.randint(3, (6,), dtype=torch.int32))
+    truth = loop(network, batch)
+    torch.testing.assert_close(gradient_dots(network, batch, batch), truth @ truth.T, rtol=1e-12, atol=1e-12)
+
+
+def test_losses_and_labels_that_are_none_are_refused():
+    batch = torch.randn(6, 4), torch.randint(3, (6,))
+    network = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="losses: got a \\(\\) for 6 rows"): mean_gradient(network, batch, lambda n, b: n(b[0]).sum())
+    with pytest.raises(ValueError, match="batches: got NaN"): mean_gradient(network, batch, lambda n, b: n(b[0]).sum(1) * torch.nan)
+    lm, ids = causal("Llama")
+    with pytest.raises(ValueError, match="batch: got labels that are other tokens"): gradient_norms(lm.eval(), dict(input_ids=ids, labels=(ids + 1) % 50))
+    with pytest.raises(ValueError, match="a label for each token"): gradient_norms(lm, dict(input_ids=ids, labels=ids[:, 1:]))
+    named = dict(input_ids=ids, labels=torch.where(torch.arange(7) < 3, -100, ids))
+    torch.testing.assert_close(gradient_norms(lm, named), loop(lm, named).norm(dim=1), rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision():
@@ -147,4 +167,6 @@ def test_planted_kinds_are_apart_and_right():
     assert [int(given.where(k).sum()) for k in KINDS] == [120, 40, 20, 20, 20] and len(given.y) == 220
     assert set(given.y.tolist()) == {0, 2, 4} and ((given.y != given.truth) == given.where("noisy")).all()  # labels that are not in the data are not made
     assert detection(given.where("off").float(), given) == pytest.approx(dict(noisy=.5, duplicate=.5, off=1., hard=.5))
+    twice = torch.zeros(220).index_fill(0, torch.cat([given.origin[given.where("duplicate")], given.where("duplicate").nonzero()[:, 0]]), 1.)
+    assert detection(twice, given)["duplicate"] == 1  # the originals, which look the same, do not count against it
     assert detection(torch.rand(220), planted(data, hard=0.), ["hard"])["hard"] != detection(torch.rand(220), planted(data, hard=0.), ["hard"])["hard"]  # NaN: there is none

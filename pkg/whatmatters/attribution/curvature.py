@@ -93,6 +93,10 @@ class Inverse:
 
     def __call__(self, vectors): return self.solve(vectors)
 
+def _check_damping(damping):
+    if damping is not None and not 0 <= damping < math.inf: refuse("damping", damping, "a number >= 0, or None")
+    return damping
+
 def _damped(values, damping, what):
     "The damping that makes the smallest eigenvalue count: the one given, or more, with a warning."
     low, high = float(values.min()), max(float(values.abs().max()), 1e-30)
@@ -113,7 +117,7 @@ def exact(
     most:int=5000,   # parameters that are still too few to be refused
 )->Inverse:
     "The whole matrix, by its eigenvalues. Cost: `curvature_product` with P vectors, memory of P^2 numbers, and P^3 operations."
-    wanted = _Gradients(network, losses, parameters).wanted
+    wanted, damping = _Gradients(network, losses, parameters).wanted, _check_damping(damping)
     p = next(iter(wanted.values()))
     size = sum(q.numel() for q in wanted.values())
     if size > check_count("most", most): refuse("network", f"{size} parameters", f"at most {most}; conjugate_gradients, arnoldi and ekfac need no matrix")
@@ -135,7 +139,7 @@ def conjugate_gradients(
 )->Inverse:
     "Solutions by conjugate gradients (Martens 2010; Koh and Liang 2017, arXiv:1703.04730). Cost: `curvature_product` with K vectors for each step, when called with K vectors."
     check_count("steps", steps)
-    found = Inverse(None, damping or 0.)
+    found = Inverse(None, _check_damping(damping) or 0.)
     product = lambda v: curvature_product(network, batches, v, kind, losses, parameters)
     def solve(vectors):
         while True:
@@ -179,7 +183,7 @@ def arnoldi(
     generator=None,  # generator or seed of the first vector; None: seed 0
 )->Inverse:
     "The inverse on the leading eigenvectors (Schioppa et al. 2022, arXiv:2112.03052). Cost: `curvature_product` with one vector for each step; memory of `steps` sets of parameters."
-    check_count("steps", steps), check_count("rank", rank)
+    check_count("steps", steps), check_count("rank", rank), _check_damping(damping)
     like = _flat([p.detach()[None] for p in _Gradients(network, losses, parameters).wanted.values()])[0]
     basis, projected = _krylov(lambda v: curvature_product(network, batches, v[None], kind, losses, parameters)[0], like, min(steps, len(like)), seeded(generator))
     values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
@@ -263,7 +267,7 @@ def ekfac(
 
     Linear layers and convolutions, each with its bias; other parameters that work entry by entry, such as those of normalisation, by their mean squared gradient. Embeddings, grouped convolutions, and what no outer product describes are named in `left_out`."""
     walk, generator, chunk, batches = _Gradients(network, None, parameters), seeded(generator), Chunk.of(chunk, 64), list(_examples(batches))
-    check_count("draws", draws)
+    check_count("draws", draws), _check_damping(damping)
     if not batches: refuse("batches", "none", "at least one")
     with walk.ready(): pairs = _partners(walk.of(_rows(batches[0], slice(0, 8))))
     alone = set(walk.alone or ())

@@ -41,7 +41,7 @@ def _checked(outputs, y, argument="outputs"):
         refuse(argument, f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__, "(N, C) or (M, N, C), a number for each of at least two classes")
     outputs = outputs if outputs.ndim == 3 else outputs[None]
     check_finite(argument, outputs if outputs.is_floating_point() else outputs.float())
-    if y.shape != outputs.shape[1:2] or y.is_floating_point(): refuse("y", f"{y.dtype} of shape {tuple(y.shape)}", f"classes of shape ({outputs.shape[1]},)")
+    if not isinstance(y, Tensor) or y.shape != outputs.shape[1:2] or y.dtype != torch.long: refuse("y", f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__, f"classes of shape ({outputs.shape[1]},) in torch.int64")
     if y.min() < 0 or y.max() >= outputs.shape[2]: refuse("y", f"labels from {int(y.min())} to {int(y.max())}", f"0 to {outputs.shape[2] - 1}, the classes of the outputs")
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
@@ -102,8 +102,8 @@ def dynamics(
 
 # %% ../../../nbs/attribution/14_examples.ipynb #forgetting
 def _over_epochs(argument, values, kind=None):
-    if not isinstance(values, Tensor) or values.ndim not in (2, 3) or not values.numel() or kind and values.dtype != kind:
-        refuse(argument, f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__, f"{'booleans, ' if kind else ''}(E, N) or (E, M, N), epochs first")
+    if not isinstance(values, Tensor) or values.ndim not in (2, 3) or not values.numel() or (values.dtype != kind if kind else not values.is_floating_point()):
+        refuse(argument, f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__, f"{'booleans' if kind else 'floating-point numbers'}, (E, N) or (E, M, N), epochs first")
     return values if values.ndim == 3 else values[:, None]
 
 def forgetting(
@@ -138,6 +138,7 @@ def cartography(
     "Where each example lies on the map of a data set (Swayamdipta et al. 2020, arXiv:2009.10795). No model calls."
     probability, correct = check_finite("probability", _over_epochs("probability", probability)), _over_epochs("correct", correct, torch.bool)
     if probability.shape != correct.shape: refuse("correct", f"shape {tuple(correct.shape)}", f"that of the probabilities, {tuple(probability.shape)}")
+    if probability.min() < 0 or probability.max() > 1: refuse("probability", f"numbers from {float(probability.min()):.3g} to {float(probability.max()):.3g}", "probabilities in [0, 1]")
     return Cartography(probability.mean((0, 1)), probability.std(0, correction=0).mean(0), correct.to(probability.dtype).mean((0, 1)))
 
 # %% ../../../nbs/attribution/14_examples.ipynb #variance_of_gradients
@@ -154,6 +155,7 @@ def variance_of_gradients(
     if len(networks) < 2: refuse("networks", f"{len(networks)} checkpoints", "at least two")
     inputs = x if isinstance(x, (list, tuple)) else [x] * len(networks)
     if len(inputs) != len(networks): refuse("x", f"{len(inputs)} sets of inputs", f"{len(networks)}, one for each checkpoint")
+    if y.is_floating_point(): refuse("y", y.dtype, "classes as whole numbers")
     for count, (network, at) in enumerate(zip(networks, inputs), 1):
         check_rows("y", y, check_inputs("x", at))
         g = values_and_gradients(class_value(network), at, args=(y,), chunk=chunk)[1]
@@ -165,6 +167,7 @@ def variance_of_gradients(
     deviation = (total / len(networks)).clamp_min(0).sqrt()
     if valid is None: scores = deviation.flatten(1).mean(1)
     else:
+        if valid.dtype != torch.bool or valid.ndim > deviation.ndim or any(a not in (1, b) for a, b in zip(valid.shape, deviation.shape)): refuse("valid", f"{valid.dtype} of shape {tuple(valid.shape)}", f"booleans of shape {tuple(deviation.shape)}, or of its first dimensions")
         counts = valid.view(*valid.shape, *[1] * (deviation.ndim - valid.ndim)).expand_as(deviation).flatten(1)
         if not counts.any(1).all(): refuse("valid", "rows without anything that counts", "at least one entry in each row")
         scores = (deviation.flatten(1) * counts).sum(1) / counts.sum(1)
@@ -186,6 +189,7 @@ def pointwise_v_information(
     log2 = lambda out: _of_label(_probabilities(out, y, True).clamp_min(torch.finfo(torch.float32).tiny).log2() if probabilities else _checked(out, y).log_softmax(-1) / torch.log(torch.tensor(2.)), y).mean(0)
     seen = log2(outputs)
     if null is None: return seen - (y.bincount().to(seen)[y] / len(y)).log2()
+    if null.shape[-1] != outputs.shape[-1]: refuse("null", f"shape {tuple(null.shape)}", f"{outputs.shape[-1]} classes, as in the outputs")
     return seen - log2(null.expand(len(y), -1) if null.ndim == 1 else null)
 
 # %% ../../../nbs/attribution/14_examples.ipynb #out_of_fold
@@ -201,6 +205,7 @@ def out_of_fold(
     "What networks say of examples that they were not trained on: each part of the data is predicted by a network trained on the others. Training of `folds` x `repeats` networks, one forward pass per network and row."
     from sklearn.model_selection import StratifiedKFold
     check_count("folds", folds, 2), check_count("repeats", repeats)
+    if check_rows("y", y, x).is_floating_point(): refuse("y", y.dtype, "classes as whole numbers")
     counts = y.unique(return_counts=True)[1]
     if len(counts) < 2: refuse("y", "labels of one class only", "at least two classes")
     if folds > (fewest := int(counts.min())): refuse("folds", folds, f"at most {fewest}, the examples of the rarest class")

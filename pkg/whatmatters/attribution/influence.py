@@ -20,7 +20,7 @@ from ..core.values import Chunk, check_count, check_finite, refuse, seeded
 def _each(networks, rates):
     "Pairs of a network and its rate; refuses networks that are not of one model."
     shapes, networks = None, [networks] if isinstance(networks, nn.Module) else networks
-    rates, count = None if rates is None else list(map(float, torch.as_tensor(rates).reshape(-1).tolist())), 0
+    rates, count = None if rates is None else check_finite("rates", torch.as_tensor(rates, dtype=torch.float64).reshape(-1)).tolist(), 0
     for i, network in enumerate(networks):
         new = {n: tuple(p.shape) for n, p in network.named_parameters()} if isinstance(network, nn.Module) else refuse("networks", f"a {type(network).__name__}", "modules, one for each checkpoint")
         shapes = shapes or new
@@ -91,7 +91,8 @@ def influence(
     Cost: the solver's, and one forward and one backward pass per training and test row; memory of a set of parameters for each test example, and N T P operations."""
     walk, asked = _Gradients(network, losses, parameters), _Gradients(network, test_losses or losses, parameters)
     if not isinstance(solver, Inverse):
-        if solver not in SOLVERS: refuse("solver", repr(solver), f"one of {', '.join(SOLVERS)}, or an Inverse")
+        if not isinstance(solver, str) or solver not in SOLVERS: refuse("solver", repr(solver), f"one of {', '.join(SOLVERS)}, or an Inverse")
+        if solver == "ekfac" and losses: refuse("losses", "a function beside solver=\"ekfac\"", "an Inverse made by ekfac(..., losses=), whose losses draw labels, as solver=")
         solver = SOLVERS[solver](network, train, damping, **({} if solver == "ekfac" else dict(losses=losses)), parameters=parameters, **options)
     elif damping is not None or options: refuse("damping" if damping is not None else next(iter(options)), "a value", "none beside an Inverse, which has its own")
     flat = lambda found: torch.cat([_dense(f, p.shape).flatten(1) for f, p in zip(found.values(), walk.wanted.values())], 1).detach()
@@ -121,7 +122,8 @@ def log_odds(
     elif isinstance(batch, (tuple, list)) and len(batch) == 2: out, y = network(batch[0]), batch[1]
     else: refuse("batch", f"a {type(batch).__name__}", "(x, y) or a mapping with labels; or outputs of your own as outputs=")
     out = out if isinstance(out, Tensor) else out.logits
-    if y is None or y.is_floating_point() or y.ndim != 1 or out.ndim != 2: refuse("batch", "no class for each row", "outputs (B, classes) and labels (B,)")
+    if y is None or y.is_floating_point() or y.ndim != 1 or out.ndim != 2 or out.shape[1] < 2: refuse("batch", "no class for each row, or one class only", "outputs (B, classes) and labels (B,)")
+    if not torch._C._functorch.is_batchedtensor(y) and not 0 <= int(y.min()) <= int(y.max()) < out.shape[1]: refuse("batch", f"labels from {int(y.min())} to {int(y.max())}", f"0 to {out.shape[1] - 1}, the classes of the network")
     right = torch.nn.functional.one_hot(y, out.shape[1]).bool()
     return (out * right).sum(1) - out.masked_fill(right, -torch.inf).logsumexp(1)
 
@@ -141,7 +143,7 @@ def trak(
 
     Without damping `size` has to stay far below N; singular features are damped, and a warning says so."""
     if size is not None: check_count("size", size)
-    if damping < 0: refuse("damping", damping, "a share of the mean eigenvalue, not negative")
+    if not damping >= 0: refuse("damping", damping, "a share of the mean eigenvalue, not negative")
     total, slopes, seed, count = 0., 0., seeded(generator).initial_seed(), 0
     for network, _ in _each(networks, None):
         options = dict(losses=outputs, parameters=parameters, chunk=chunk)
@@ -187,4 +189,7 @@ def draw_cells(
     "Cells whose entities are drawn mode by mode. No model calls."
     check_count("n", n)
     generator = seeded(generator)
+    if not shares: refuse("shares", "none", "a tensor for each mode")
+    for s in shares:
+        if (check_finite("shares", s) < 0).any() or not s.sum() > 0: refuse("shares", "negative numbers, or nothing but zeros", "shares of the entities")
     return torch.stack([torch.multinomial(s.to(generator.device), n, replacement=True, generator=generator).to(s.device) for s in shares], 1)

@@ -49,6 +49,7 @@ def representers(
 
     A positive contribution raises the score. The residual is the largest gap in the conditions of optimality, relative to the largest parameter (l2) or to a sign (l1). No model calls; N T P operations for each output."""
     if norm not in ("l1", "l2"): refuse("norm", repr(norm), '"l1" or "l2"')
+    if theta.ndim not in (1, 2): refuse("theta", f"shape {tuple(theta.shape)}", "(P,) or (P, C)")
     for name, t in (("x", x), ("others", others)):
         if t.ndim != 2 or not len(t) or t.shape[1] != len(theta): refuse(name, f"shape {tuple(t.shape)}", f"(rows, {len(theta)}), a column for each parameter")
         check_finite(name, t)
@@ -108,6 +109,8 @@ def complete(
     _check_entries("entries", entries, shape)
     check_finite("values", check_rows("values", values, entries)), check_count("steps", steps)
     if not strength > 0: refuse("strength", strength, "a number > 0")
+    if not values.is_floating_point(): refuse("values", values.dtype, "floating-point numbers")
+    if start is not None and start.shape != tuple(shape): refuse("start", f"shape {tuple(start.shape)}", f"{tuple(shape)}")
     (r, c), n = entries.T, len(values)
     if len(torch.unique(r * shape[1] + c)) < n: refuse("entries", "an entry that comes twice", "each at most once")
     theta = values.new_zeros(tuple(shape)) if start is None else start.clone()

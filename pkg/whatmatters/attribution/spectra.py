@@ -26,7 +26,7 @@ def effective_rank(
     sigma:Tensor, # singular values, (..., K), not negative
 )->Tensor:        # (...) in [1, K]; 0 where all are zero
     "Exponential of the entropy of the singular values' shares (Roy and Vetterli 2007). No model calls."
-    if (check_finite("sigma", sigma) < 0).any(): refuse("sigma", f"values from {float(sigma.min()):.3g}", "singular values, none negative")
+    if not sigma.is_floating_point() or (check_finite("sigma", sigma) < 0).any(): refuse("sigma", f"values from {float(sigma.min()):.3g} in {sigma.dtype}", "singular values, floating-point and none negative")
     total = sigma.sum(-1, keepdim=True)
     p = sigma / total.clamp_min(torch.finfo(sigma.dtype).tiny)
     return torch.where(total[..., 0] > 0, torch.special.entr(p).sum(-1).exp(), 0.)

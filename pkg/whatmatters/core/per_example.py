@@ -28,7 +28,7 @@ def example_losses(
     "The loss of each example: cross entropy of its class, summed squared error of a floating-point target, mean next-token loss of a text in nats. One forward pass."
     if isinstance(batch, Mapping) and "labels" in batch:
         batch, y = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
-        if y.ndim == 2: return _text_losses(network, batch, y)
+        if y.ndim == 2 and not y.is_floating_point(): return _text_losses(network, batch, y)
         out = network(**batch)
     elif isinstance(batch, (tuple, list)) and len(batch) == 2: out, y = network(batch[0]), batch[1]
     elif isinstance(batch, (Tensor, Mapping)): return _text_losses(network, batch)
@@ -38,13 +38,22 @@ def example_losses(
         if out.numel() != y.numel(): refuse("batch", f"targets of shape {tuple(y.shape)} for outputs of shape {tuple(out.shape)}", "a target for each output")
         return (out.reshape(y.shape) - y).square().flatten(1).sum(1) if y.ndim > 1 else (out.reshape(y.shape) - y).square()
     if out.ndim != 2 or y.shape != out.shape[:1]: refuse("batch", f"labels of shape {tuple(y.shape)} for outputs of shape {tuple(out.shape)}", "outputs (B, classes) and a label for each row")
+    y = y.long()
     if not torch._C._functorch.is_batchedtensor(y) and len(y) and not 0 <= int(y.min()) <= int(y.max()) < out.shape[1]: refuse("batch", f"labels from {int(y.min())} to {int(y.max())}", f"0 to {out.shape[1] - 1}, the classes of the network")
     return F.cross_entropy(out.float() if out.dtype in (torch.float16, torch.bfloat16) else out, y, reduction="none")
+
+def _check_labels(batch, labels):
+    "Refuse labels that are other tokens than the text's own."
+    ids = batch["input_ids"]
+    if labels.shape != ids.shape: refuse("batch", f"labels of shape {tuple(labels.shape)} for ids of shape {tuple(ids.shape)}", "a label for each token")
+    if not torch._C._functorch.is_batchedtensor(labels) and ((labels != ids) & (labels >= 0)).any(): refuse("batch", "labels that are other tokens than input_ids, as of masked or translated texts", "the ids themselves, or -100 for what does not count; or a loss of your own as losses=")
 
 def _text_losses(network, batch, labels=None):
     "Mean loss of the tokens that count, of each row."
     losses, counts = token_losses(network, batch)
-    if labels is not None: counts = counts & (labels[:, 1:] >= 0)
+    if labels is not None:
+        _check_labels(batch, labels)
+        counts = counts & (labels[:, 1:] >= 0)
     return (losses * counts).sum(1) / counts.sum(1).clamp_min(1)
 
 # %% ../../../nbs/core/18_per_example.ipynb #Sum
@@ -60,7 +69,7 @@ class _Sum:
         if apart: # places of all examples in one row: (groups, B T)
             flat = lambda t: t.movedim(1, 0).flatten(1, 2)
             left, right = _products(flat(self.left), flat(other.left)), flat(self.right) @ flat(other.right).mT
-            return left.mul_(right).sum(0).view(len(self.left), -1, len(other.left), other.left.shape[2]).sum((1, 3))
+            return right.mul_(left).sum(0).view(len(self.left), -1, len(other.left), other.left.shape[2]).sum((1, 3))
         if self.right.shape[2] == 1 and not self.sparse and self is other: return (self.left.square().sum(-1) * self.right.square().sum(-1)).sum((1, 2))
         return (_products(self.left.flatten(0, 1), other.left.flatten(0, 1)) * (self.right @ other.right.mT).flatten(0, 1)).sum((1, 2)).view(len(self.left), -1).sum(1)
 
@@ -74,7 +83,7 @@ class _Sum:
 def _products(a, b):
     "Inner products of rows (n, T, rows) and (n, S, rows), either of which may be given as numbers of unit vectors."
     if a.is_floating_point(): return a @ b.mT if b.is_floating_point() else _products(b, a).mT
-    return (a[:, :, None] == b[:, None]).float() if not b.is_floating_point() else b.mT.gather(1, a[:, :, None].expand(-1, -1, b.shape[1]))
+    return a[:, :, None] == b[:, None] if not b.is_floating_point() else b.mT.gather(1, a[:, :, None].expand(-1, -1, b.shape[1]))
 
 # %% ../../../nbs/core/18_per_example.ipynb #Recorder
 class _Recorder(TorchFunctionMode):
@@ -218,8 +227,7 @@ def _one_by_one(network, batch, losses, wanted):
 def _heard(network, batch, losses, wanted):
     "One forward and one backward pass: name -> list of `_Sum`, or a tensor (B, ...)."
     with _Recorder(wanted, len(_first(batch))) as recorder: value = losses(network, batch)
-    if not isinstance(value, Tensor) or value.shape != (recorder.rows,): refuse("losses", f"a {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__} for {recorder.rows} rows", "one loss for each row")
-    if not value.detach().isfinite().all(): refuse("batches", "NaN or infinite losses", "finite ones")
+    _check_losses(value, recorder.rows)
     uses = [(name, *use) for name, used in recorder.uses.items() for use in used]
     recorder.uses, recorder.common = {}, {} # they point at each other, and would be there until the next search for garbage
     found = {name: [] for name in wanted}
@@ -230,6 +238,11 @@ def _heard(network, batch, losses, wanted):
         for name, place, use in uses:
             if gradients[place] is not None: found[name].append(use(gradients[place]))
     return {name: _merged(parts, wanted[name], recorder.rows) for name, parts in found.items()}
+
+def _check_losses(value, rows):
+    if not isinstance(value, Tensor) or value.shape != (rows,): refuse("losses", f"a {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__} for {rows} rows", "one loss for each row")
+    if not value.detach().isfinite().all(): refuse("batches", "NaN or infinite losses", "finite ones")
+    return value
 
 def _merged(parts, parameter, rows):
     "Several uses of one parameter as one: outer products of one kind are put behind each other."
@@ -353,7 +366,10 @@ def mean_gradient(
     values, chunk = list(walk.wanted.values()), Chunk.of(chunk, 256)
     for batch in _examples(batches):
         n = len(_first(batch))
-        with walk.ready(): parts = chunk.over(n, lambda rows: torch.autograd.grad(walk.losses(network, _rows(batch, rows)).sum(), values, allow_unused=True))
+        def step(rows):
+            part = _rows(batch, rows)
+            return torch.autograd.grad(_check_losses(walk.losses(network, part), len(_first(part))).sum(), values, allow_unused=True)
+        with walk.ready(): parts = chunk.over(n, step)
         for part in parts: total = {k: total.get(k, 0) + (torch.zeros_like(p) if g is None else g) for (k, p), g in zip(walk.wanted.items(), part)}
         count += n
     if not count: refuse("batches", "none", "at least one")

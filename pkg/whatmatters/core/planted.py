@@ -42,7 +42,7 @@ def planted(
     generator=None,       # generator or seed of every draw; None: seed 0
 )->Planted:               # len(data) + duplicates rows, in random order
     "Plant wrong labels, duplicates, inputs off the domain and inputs that are hard but right. No row has two kinds of trouble."
-    if not isinstance(data.x, Tensor): refuse("data", "texts", "inputs as a tensor")
+    if not isinstance(data.x, Tensor) or not data.x.is_floating_point(): refuse("data", f"inputs of {data.x.dtype}" if isinstance(data.x, Tensor) else "texts", "inputs as a tensor of floating-point numbers, which can be blended")
     x, y, n = check_finite("data", data.x).clone(), data.y.clone(), len(data.y)
     if y.is_floating_point() or len(y.unique()) < 2: refuse("data", "labels of one class only" if len(y.unique()) < 2 else "labels that are no classes", "at least two classes")
     for name, share in (("noise", noise), ("duplicates", duplicates), ("off", off), ("hard", hard)):
@@ -74,12 +74,13 @@ def detection(
     given:Planted,        # the data that was scored
     kinds=KINDS[1:],      # kinds asked for
 )->dict:                  # kind -> area under the ROC curve against the plain rows; NaN for a kind that is not there
-    "How well a score tells each kind of planted trouble from plain rows."
+    "How well a score tells each kind of planted trouble from plain rows; duplicates from those plain rows of which there is no copy."
     from sklearn.metrics import roc_auc_score
     if scores.shape != given.kind.shape: refuse("scores", f"shape {tuple(scores.shape)}", f"{tuple(given.kind.shape)}, one for each row")
     scores, plain, found = check_finite("scores", scores.double()).cpu(), given.where("plain").cpu(), {}
     for kind in kinds:
-        rows = given.where(kind).cpu()
-        both = rows | plain
-        found[kind] = float(roc_auc_score(rows[both], scores[both])) if rows.any() and plain.any() else float("nan")
+        rows, others = given.where(kind).cpu(), plain
+        if kind == "duplicate": others = plain.index_fill(0, given.origin[given.origin >= 0].cpu(), False) # what was copied is there twice as well
+        both = rows | others
+        found[kind] = float(roc_auc_score(rows[both], scores[both])) if rows.any() and others.any() else float("nan")
     return found
