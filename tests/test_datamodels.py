@@ -155,6 +155,17 @@ def test_a_cascade_of_judges_asks_the_dear_one_less():
         with pytest.raises(ValueError, match=words): call()
 
 
+def test_masks_of_numbers_sources_of_any_type_and_lists_of_nothing():
+    items, utilities, w = corpus()
+    some = torch.rand(3, 9, generator=seeded(0)) < .5
+    assert torch.equal(top_k_value(items, utilities, 3)(some.float()), top_k_value(items, utilities, 3)(some))
+    groups = torch.arange(9) % 2
+    assert torch.equal(learn_importance(items, utilities, 3, groups=groups == 1, steps=2), learn_importance(items, utilities, 3, groups=groups, steps=2))
+    nothing = torch.full((2, 3), -1)
+    assert learn_importance(nothing, torch.ones(2, 3), steps=1).tolist() == [.5] and top_k_value(nothing, torch.ones(2, 3))(torch.ones(1, 1).bool()).tolist() == [0]
+    with pytest.raises(ValueError, match="items: got"): top_k_value(items[:0], utilities[:0])
+
+
 def test_what_a_corpus_refuses():
     items, utilities, w = corpus()
     for call, words in (
@@ -211,6 +222,7 @@ def test_a_subset_is_trained_as_it_would_be_alone(small):
     for output in ("log-odds", "loss", "probability", "logit"):
         mine = subset_outputs(mask, linear, *small, output=output, seeds=[5], epochs=4, batch_size=7)
         torch.testing.assert_close(mine, score_of(alone.predict(x_test), y_test[None], output), rtol=1e-3, atol=1e-4)
+    assert torch.equal(subset_outputs(mask, linear, x, y.int(), x_test, y_test.int()), subset_outputs(mask, linear, *small))
     assert subset_outputs(mask, linear, *small, output="correct", seeds=[5], epochs=4, batch_size=7).mean().item() == pytest.approx(alone.accuracy(x_test, y_test).item())
 
 
@@ -328,8 +340,15 @@ def test_what_datamodels_refuse(small):
         (lambda: subset_outputs(subsets, linear, x, y * 0, x_test, y_test), "y: got one class only"),
         (lambda: subset_outputs(subsets, linear, x, y, x_test, y_test + 5), "y_test: got labels from"),
         (lambda: subset_outputs(subsets, linear, x, y + 5, x_test, y_test), "y: got labels from"),
+        (lambda: subset_outputs(subsets, linear, x, y.float(), x_test, y_test), "y: got torch.float32"),
+        (lambda: subset_outputs(subsets, linear, x, y, x_test[:, :5], y_test), "x_test: got torch.float32 of shape"),
+        (lambda: subset_outputs(subsets, linear, x, y, x_test.double(), y_test), "x_test: got torch.float64"),
         (lambda: subset_outputs(subsets, linear, *small, output="f1"), "output: got 'f1'"),
-        (lambda: subset_outputs(subsets, linear, *small, seeds=[1, 2]), "seeds: got 2"),
+        (lambda: subset_outputs(subsets, linear, *small, seeds=[1, 2]), "seeds: got torch.int64 of shape"),
+        (lambda: subset_outputs(subsets, linear, *small, seeds=[.5] * 10), "seeds: got torch.float32"),
+        (lambda: datamodels(subsets[:1].expand(5, 60), outputs[:5]), "subsets: got the same one"),
+        (lambda: datamodels(subsets[:4], outputs[:4], kind="lasso"), "subsets: got 4 rows; want at least 5"),
+        (lambda: datamodels(subsets, outputs).predict(subsets[:, :5]), "subsets: got shape"),
         (lambda: datamodels(subsets.long(), outputs), "subsets: got torch.int64"),
         (lambda: datamodels(subsets, outputs[:3]), "outputs: got shape"),
         (lambda: datamodels(subsets, outputs[:, 0]), "outputs: got shape"),

@@ -37,6 +37,10 @@ def _checked(weights, items, k, utilities=None):
         if utilities.shape != items.shape: refuse("utilities", f"shape {tuple(utilities.shape)}", f"that of the items, {tuple(items.shape)}")
         check_finite("utilities", utilities)
 
+def _named(items, count):
+    "How many items there are: as told, or as many as are named."
+    return check_count("count", count) if count is not None else max(int(items.max()), 0) + 1 if items.numel() else 1
+
 def _along(values, items, rows):
     "Values of the items along the lists of some questions, 0 where there is none; ranks first, (M, q)."
     at = items[rows].T.contiguous()
@@ -78,7 +82,7 @@ class Importance(NamedTuple):
 # %% ../../../nbs/attribution/18_corpus.ipynb #importance
 def importance(
     weights:Tensor,   # probability that each item is kept, (N,)
-    items:Tensor,     # ranked items of each question, (Q, M), -1 for none
+    items:Tensor,     # ranked items of each question, none of them twice, (Q, M), -1 for none
     utilities:Tensor, # what each contributes to its question if read, (Q, M)
     k:int=10,         # items that are read
     epsilon:float=0., # what values and gradients of a question may be off by, for utilities in [0, 1]; 0: exact
@@ -116,13 +120,13 @@ def top_k_value(
     chunk:int|None=None, # masks at a time; None: as many as 16 MB hold
 ):                    # `value(masks)`: boolean masks (M, N), True where kept, to (M,)
     "The mean utility of a corpus of which only some items are kept, as a value function over masks. No model calls."
-    count = int(items.max()) + 1 if count is None else count
+    count = _named(items, count)
     _checked(torch.ones(count), items, k, utilities)
     there, at, u = items >= 0, items.clamp_min(0), utilities.double()
     def value(masks:Tensor)->Tensor:
         if masks.ndim != 2 or masks.shape[1] != count: refuse("masks", f"shape {tuple(masks.shape)}", f"(M, {count}), a column per item")
         def some(rows):
-            kept = masks.to(items.device)[rows][:, at] & there
+            kept = masks[rows].to(items.device).bool()[:, at] & there
             return torch.where(kept & (kept.cumsum(2) <= k), u, 0).sum((1, 2)) / (k * len(items))
         return torch.cat(Chunk.of(chunk, 2 ** 20 // items.numel()).over(len(masks), some))
     value.players = count
@@ -141,13 +145,14 @@ def learn_importance(
     chunk:int|None=None, # questions at a time
 )->Tensor:            # weights in [0, 1], (N,), float64; higher is kept
     "Weights under which a model that reads the corpus is worth most, from one half on (Lyu et al. 2023, arXiv:2307.03027). `steps` times the cost of `importance`; no model calls."
-    count = int(items.max()) + 1 if count is None else check_count("count", count)
+    count = _named(items, count)
     check_count("steps", steps)
     if not 0 < rate < float("inf"): refuse("rate", rate, "a positive number")
     weights = torch.full((count,), .5, dtype=torch.float64, device=items.device)
     if groups is not None:
         check_rows("groups", groups, weights)
         if groups.is_floating_point() or int(groups.min()) < 0: refuse("groups", f"{groups.dtype}, smallest {float(groups.min()):.3g}", "whole numbers from 0")
+        groups = groups.long()
     for _ in range(steps):
         gradient = importance(weights, items, utilities, k, epsilon, chunk).gradient
         if groups is not None: gradient = (torch.zeros(int(groups.max()) + 1).to(gradient).index_add_(0, groups, gradient) / groups.bincount().clamp_min(1))[groups]

@@ -54,11 +54,13 @@ def subset_outputs(
     if subsets.dtype != torch.bool or subsets.ndim != 2 or subsets.shape[1] != len(x) or not len(subsets): refuse("subsets", f"{subsets.dtype} of shape {tuple(subsets.shape)}", f"booleans of shape (M, {len(x)}), a column per training example")
     if len(y.unique()) < 2: refuse("y", "one class only", "at least two")
     if output not in OUTPUTS: refuse("output", repr(output), f"one of {', '.join(OUTPUTS)}")
+    if x_test.shape[1:] != x.shape[1:] or x_test.dtype != x.dtype: refuse("x_test", f"{x_test.dtype} of shape {tuple(x_test.shape)}", f"rows as the training inputs, {x.dtype} of shape {tuple(x.shape)}")
     with torch.no_grad(): classes = _initial(make, 0).to(x.device)(x[:1]).shape[-1]
     for name, t in (("y", y), ("y_test", y_test)):
+        if t.is_floating_point() or t.ndim != 1: refuse(name, f"{t.dtype} of shape {tuple(t.shape)}", "classes as whole numbers, one per row")
         if int(t.min()) < 0 or int(t.max()) >= classes: refuse(name, f"labels from {int(t.min())} to {int(t.max())}", f"0 to {classes - 1}, the classes of the network")
-    if (seeds := torch.as_tensor(seeds)).ndim and len(seeds) != len(subsets): refuse("seeds", f"{len(seeds)} of them", f"one, or {len(subsets)}, one per subset")
-    seeds, subsets = seeds.expand(len(subsets)).tolist(), subsets.to(x.device)
+    if (seeds := torch.as_tensor(seeds)).is_floating_point() or seeds.shape not in ((), (len(subsets),)): refuse("seeds", f"{seeds.dtype} of shape {tuple(seeds.shape)}", f"one whole number, or {len(subsets)}, one per subset")
+    y, y_test, seeds, subsets = y.long(), y_test.long(), seeds.expand(len(subsets)).tolist(), subsets.to(x.device)
     sizes, outputs, done = subsets.sum(1), x.new_empty(len(subsets), len(x_test)), [0]
     def value(logits):
         if output == "correct": return (logits.argmax(-1) == y_test).to(x)
@@ -87,6 +89,7 @@ class Datamodels(NamedTuple):
         subsets:Tensor, # boolean, (M, N)
     )->Tensor:          # (M, T)
         "What models trained on other subsets will say. No training."
+        if subsets.shape[1:] != self.coefficients.shape[:1]: refuse("subsets", f"shape {tuple(subsets.shape)}", f"(M, {len(self.coefficients)}), a column per training example")
         return subsets.to(self.coefficients) @ self.coefficients + self.intercepts
 
 # %% ../../../nbs/attribution/17_datamodels.ipynb #datamodels
@@ -100,8 +103,9 @@ def datamodels(
     if subsets.dtype != torch.bool or subsets.ndim != 2: refuse("subsets", f"{subsets.dtype} of shape {tuple(subsets.shape)}", "booleans of shape (M, N)")
     if outputs.ndim != 2: refuse("outputs", f"shape {tuple(outputs.shape)}", "(M, T), a row for each model")
     check_finite("outputs", check_rows("outputs", outputs, subsets))
-    if len(subsets) < 3: refuse("subsets", f"{len(subsets)} rows", "at least three")
     if kind not in ("ridge", "lasso"): refuse("kind", repr(kind), '"ridge" or "lasso"')
+    if len(subsets) < (least := 5 if kind == "lasso" else 3): refuse("subsets", f"{len(subsets)} rows", f"at least {least}")
+    if (subsets == subsets[0]).all(): refuse("subsets", "the same one in every row", "subsets that differ")
     if penalty is not None and not 0 <= penalty < float("inf"): refuse("penalty", penalty, "a number >= 0, or None")
     a, y = subsets.double(), outputs.double()
     a, y = a - a.mean(0), y - y.mean(0)
@@ -158,8 +162,9 @@ def training_value(
 ):                    # `value(masks)`: boolean masks (M, P), True where the player's examples are in, to (M,)
     "What a training set is worth, as a value function over masks of examples or of sources: a training per mask."
     players = torch.arange(len(x)) if groups is None else check_rows("groups", groups, x)
-    count = int(players.max()) + 1
     if players.is_floating_point() or int(players.min()) < 0: refuse("groups", f"{players.dtype}, smallest {float(players.min()):.3g}", "whole numbers from 0")
+    players = players.long()
+    count = int(players.max()) + 1
     def value(masks:Tensor)->Tensor:
         if masks.ndim != 2 or masks.shape[1] != count: refuse("masks", f"shape {tuple(masks.shape)}", f"(M, {count}), a column per player")
         return subset_outputs(masks.bool()[:, players], make, x, y, x_test, y_test, output, **options).mean(1)

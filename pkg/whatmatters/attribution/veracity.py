@@ -67,7 +67,7 @@ def _table(x, y, kept):
     y = check_finite("y", torch.as_tensor(y)).detach().cpu().double()
     if y.ndim != 1 or len(x) != len(y): refuse("y", f"shape {tuple(y.shape)} for {len(x)} rows", "one number for each row")
     if len(y) < 2 or (y == y[0]).all(): refuse("y", "one value only" if len(y) else "no numbers", "numbers that differ")
-    kept = torch.ones(len(y), dtype=torch.bool) if kept is None else kept.cpu()
+    kept = torch.ones(len(y), dtype=torch.bool) if kept is None else torch.as_tensor(kept).cpu()
     if kept.shape != y.shape or kept.dtype != torch.bool: refuse("kept", f"{kept.dtype} of shape {tuple(kept.shape)}", f"booleans of shape {tuple(y.shape)}")
     return x, y.numpy(), kept.numpy()
 
@@ -87,7 +87,7 @@ def _held_out(regressor, x, y, kept, folds, seed):
 
 # %% ../../../nbs/attribution/19_veracity.ipynb #Filtered
 class Filtered(NamedTuple):
-    "Which numbers are taken for errors (N,), their share, the last scores (N,), and share -> R² of the last round."
+    "Which numbers are taken for errors (N,), their share, the last scores (N,), and share -> R² over all numbers in the last round."
     removed: Tensor
     share: float
     scores: Tensor
@@ -106,7 +106,7 @@ def filter_errors(
     resamples:int=5,   # halvings for the epistemic uncertainty
     generator=None,    # generator or seed of folds and models
 )->Filtered:
-    """Drop the share of suspicious numbers without which the rest predicts best (Zhou et al. 2023, arXiv:2305.16583; with the search of cleanlab).
+    """Drop the share of suspicious numbers without which models predict all numbers best, the dropped ones included (Zhou et al. 2023, arXiv:2305.16583; with the search of cleanlab).
 
     `rounds` + 1 times the fits of `out_of_fold`, and each round `folds` fits for every share tried."""
     x, y, kept = _table(x, y, None)

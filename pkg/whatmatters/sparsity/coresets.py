@@ -33,6 +33,8 @@ def softmax_influence(
     from sklearn.linear_model import LogisticRegression
     if x.ndim != 2 or y.shape != x.shape[:1] or y.is_floating_point() or (y < 0).any(): refuse("x, y", f"shapes {tuple(x.shape)}, {tuple(y.shape)}", "(N, D) and whole numbers from 0, (N,)")
     if not l2 > 0: refuse("l2", l2, "more than 0: the Hessian of a softmax is singular")
+    if len(reference) != 2 or reference[0].shape[1:] != x.shape[1:] or reference[1].shape != reference[0].shape[:1] or not len(reference[1]) or reference[1].is_floating_point() or (reference[1] < 0).any(): refuse("reference", "shapes " + ", ".join(str(tuple(t.shape)) for t in reference), f"(M, {x.shape[1]}) and whole numbers from 0, (M,)")
+    check_finite("x", x), check_finite("reference", reference[0])
     inputs, labels = (x, y) if fit is None else (x[fit], y[fit])
     if len(labels.unique()) < 2: refuse("y", "one class only", "at least two")
     if len(labels.unique()) < (classes := int(max(y.max(), reference[1].max())) + 1) or classes < 2: refuse("y", f"{len(labels.unique())} of {classes} classes among the rows fitted", "all of them")
@@ -79,7 +81,7 @@ def quad(
     shuffled = torch.randperm(len(clusters), generator=generator, device=generator.device).to(clusters.device)
     left = [shuffled[clusters[shuffled] == c] for c in range(count)]
     shared = torch.eye(count, dtype=torch.float64) if shared is None else check_finite("shared", shared).cpu().double()
-    if shared.shape != (count, count) or shared.min() < 0 or shared.max() > 1: refuse("shared", f"shape {tuple(shared.shape)}", f"shares in [0, 1], ({count}, {count})")
+    if shared.shape != (count, count) or shared.min() < 0 or shared.max() > 1 or (shared.diag() != 1).any(): refuse("shared", f"shape {tuple(shared.shape)}", f"shares in [0, 1] with ones on the diagonal, ({count}, {count})")
     total, seen, heard = (torch.zeros(count, dtype=torch.float64) for _ in range(3)) # of rewards, of pulls that tell of a cluster, of their weights
     pulls, keep, evaluations = torch.zeros(count, dtype=torch.long), torch.zeros_like(clusters, dtype=torch.bool), 0
     while (missing := k - int(keep.sum())) > 0:
@@ -88,7 +90,10 @@ def quad(
         best = [c for c in value.argsort(descending=True, stable=True)[:arms].tolist() if len(left[c])]
         if not best: refuse("threshold", f"{threshold}, above which only {int(keep.sum())} rows were found", f"a lower one, or fewer than k={k}")
         handed = [left[c][:take] for c in best]
-        scores = check_finite("influence", influence(torch.cat([rows[:probe] for rows in handed]))).double().cpu().split([len(rows[:probe]) for rows in handed])
+        asked = torch.cat([rows[:probe] for rows in handed])
+        scores = check_finite("influence", influence(asked))
+        if scores.shape != asked.shape: refuse("influence", f"scores of shape {tuple(scores.shape)} for {len(asked)} rows", f"shape ({len(asked)},)")
+        scores = scores.double().cpu().split([len(rows[:probe]) for rows in handed])
         evaluations += sum(map(len, scores))
         for c, rows, found in zip(best, handed, scores):
             left[c], reward = left[c][take:], float(found.mean())
@@ -147,7 +152,8 @@ def transport(
     "Exact optimal transport between uniform weights, by linear programming: cost = mean of the rows' potentials + mean of the columns', and u_i + v_j <= cost_ij."
     from scipy.optimize import linprog
     from scipy.sparse import eye, kron, vstack
-    k, n = cost.shape
+    if cost.ndim != 2 or not cost.numel(): refuse("cost", f"shape {tuple(cost.shape)}", "(k, n)")
+    k, n = check_finite("cost", cost).shape
     sums = vstack([kron(eye(k), np.ones((1, n))), kron(np.ones((1, k)), eye(n))], format="csr")
     solved = linprog(cost.double().cpu().numpy().ravel(), A_eq=sums, b_eq=np.r_[np.full(k, 1 / k), np.full(n, 1 / n)], bounds=(0, None), method="highs-ds")
     if solved.status: refuse("cost", solved.message, "a transport problem that can be solved")
@@ -252,7 +258,8 @@ def goracs_by_class(
 )->Tensor:           # boolean, (N,), exactly `k` True
     "`goracs` within each class, with the budget shared as the classes are in the validation set (Mei et al. 2025, arXiv:2506.04015)."
     y, target = labels
-    if y.shape != cost.shape[:1] or target.shape != cost.shape[1:]: refuse("labels", f"shapes {tuple(y.shape)}, {tuple(target.shape)}", f"{tuple(cost.shape[:1])}, {tuple(cost.shape[1:])}")
+    for t, shape in ((y, cost.shape[:1]), (target, cost.shape[1:])):
+        if t.shape != shape or t.is_floating_point() or (t < 0).any(): refuse("labels", f"{t.dtype} of shape {tuple(t.shape)}", f"whole numbers from 0, {tuple(shape)}")
     count = int(max(y.max(), target.max())) + 1
     sizes, room = target.bincount(minlength=count) * len(y), y.bincount(minlength=count) # scaled up, so that the shares may be more than the set is large
     budgets = quotas(sizes, k, fair=False)

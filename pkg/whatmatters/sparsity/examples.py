@@ -6,6 +6,7 @@
 __all__ = ['RULES', 'quotas', 'keep_examples', 'strata_of', 'risk_influence', 'dealrec']
 
 # %% ../../../nbs/sparsity/14_examples.ipynb #70eaacb2
+import warnings
 import torch
 from torch import nn, Tensor
 from torch.func import functional_call, grad, jvp
@@ -23,6 +24,7 @@ def quotas(
     "Share a budget among groups: the smallest first, so that what they cannot use goes to the larger (Zheng et al. 2023, arXiv:2210.15809), or by largest remainders. No model calls."
     if sizes.ndim != 1 or not len(sizes) or sizes.is_floating_point() or (sizes < 0).any(): refuse("sizes", f"{sizes.dtype} of shape {tuple(sizes.shape)}", "whole numbers from 0, one for each group")
     if check_count("k", k, 0) > (total := int(sizes.sum())): refuse("k", k, f"at most {total}, as many examples as there are")
+    sizes = sizes.long() # products with k may be large
     given, order = torch.zeros_like(sizes), sizes.argsort(stable=True).tolist()
     if fair:
         left = k
@@ -54,7 +56,7 @@ def keep_examples(
     if scores.ndim != 1 or not len(scores): refuse("scores", f"shape {tuple(scores.shape)}", "one score for each example, (N,)")
     if (k is None) == (ratio is None): refuse("k, ratio", f"{k}, {ratio}", "one of the two")
     if not 0 <= cut < 1: refuse("cut", cut, "a share in [0, 1)")
-    scores, n = check_finite("scores", scores), len(scores)
+    scores, n = check_finite("scores", scores if scores.is_floating_point() else scores.double()), len(scores) # counts without a sign have no negatives
     k, hard = count_of(ratio, n) if k is None else check_count("k", k, 0), count_of(cut, n)
     if k > n - hard: refuse("k", k, f"at most {n - hard}, what a cut of {cut} leaves of {n} examples")
     left = ~top(scores, hard, per="tensor")
@@ -91,8 +93,10 @@ def strata_of(
     count:int=50,  # how many strata
 )->Tensor:         # stratum of each score, 0 is the lowest, (N,)
     "The range of the scores in strata of equal width. Equal scores are one stratum. No model calls."
+    if not scores.numel(): refuse("scores", f"shape {tuple(scores.shape)}", "at least one score")
+    scores = check_finite("scores", scores).double() # with the division last: exact for counts
     low, high = scores.min(), scores.max()
-    return ((scores - low) / (high - low).clamp_min(1e-30) * check_count("count", count)).long().clamp(max=count - 1)
+    return ((scores - low) * check_count("count", count) / (high - low).clamp_min(1e-300)).long().clamp(max=count - 1)
 
 # %% ../../../nbs/sparsity/14_examples.ipynb #risk_influence
 def risk_influence(
@@ -106,7 +110,7 @@ def risk_influence(
 )->Tensor:              # (N,), how much the mean loss rises when the example is left out: higher matters more
     """Influence of leaving each example out on the mean loss over all (Lin et al. 2024, arXiv:2401.17197; Koh and Liang 2017, arXiv:1703.04730).
 
-    Zero where the mean gradient is. A Hessian that is not positive even when damped is refused. Cost per example: 1 forward and backward pass, then 2 of each per step, and one forward pass with tangents."""
+    Zero where the mean gradient is. A Hessian that is not positive even when damped is refused; too few steps are warned of. Cost per example: 1 forward and backward pass, then 2 of each per step, and one forward pass with tangents."""
     batches, names = list(_examples(batches)), list(_wanted(network, parameters))
     if not damping >= 0: refuse("damping", damping, "a number that is not negative")
     check_count("steps", steps)
@@ -144,6 +148,7 @@ def _conjugate_gradients(product, target, steps, tolerance):
         solution, rest = {k: t + step * direction[k] for k, t in solution.items()}, {k: t - step * moved[k] for k, t in rest.items()}
         size, before = dot(rest, rest), size
         direction = {k: rest[k] + (size / before).item() * t for k, t in direction.items()}
+    if size > 100 * stop: warnings.warn(f"after {steps} steps a residual of {float(size / dot(target, target)) ** .5:.1g} is left: take more steps or damping", stacklevel=3)
     return solution
 
 # %% ../../../nbs/sparsity/14_examples.ipynb #dealrec
@@ -153,8 +158,9 @@ def dealrec(
     strength:float=.5,   # of the effort
 )->Tensor:               # (N,), higher matters more; keep with `keep_examples(..., rule="stratified", cut=.1)`
     "Influence on a surrogate plus the effort of the large model, each scaled to [0, 1] (Lin et al. 2024, arXiv:2401.17197). No model calls."
-    if influence.shape != effort.shape or influence.ndim != 1: refuse("effort", f"shape {tuple(effort.shape)}", f"one number for each example, as influence {tuple(influence.shape)}")
+    if influence.shape != effort.shape or influence.ndim != 1 or not len(influence): refuse("effort", f"shape {tuple(effort.shape)}", f"one number for each example, as influence {tuple(influence.shape)}")
+    if not 0 <= strength < float("inf"): refuse("strength", strength, "a number that is not negative")
     def scaled(name, t):
         check_finite(name, t)
-        return (t - t.min()) / (t.max() - t.min()).clamp_min(1e-30)
+        return torch.where(t.max() > t.min(), (t - t.min()) / (t.max() - t.min()), 0)
     return scaled("influence", influence) + strength * scaled("effort", effort)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from ..core.values import check_count, check_finite, refuse, seed_of, seeded
+from ..core.values import check_count, check_inputs, check_rows, refuse, seed_of, seeded
 
 # %% ../../../nbs/sparsity/16_instances.ipynb #edited
 def edited(
@@ -20,7 +20,7 @@ def edited(
     k:int=3,   # neighbours that vote
 )->Tensor:     # boolean, (N,): rows whose neighbours do not outvote them
     "Edited nearest neighbours (Wilson 1972): keep the rows whose class has as many votes as any among their nearest others. No model calls."
-    _check(x, y, check_count("k", k) + 1)
+    y = _check(x, y, check_count("k", k) + 1)
     votes = F.one_hot(y[_neighbours(x, k)], int(y.max()) + 1).sum(1)
     return votes.gather(1, y[:, None])[:, 0] == votes.max(1).values
 
@@ -30,8 +30,8 @@ def condensed(
     y:Tensor,        # classes, whole numbers from 0, (N,)
     generator=None,  # generator or seed of the order; None: seed 0
 )->Tensor:           # boolean, (N,): with these alone the nearest neighbour of every row has its class
-    "Condensed nearest neighbours (Hart 1968). At most N squared distances. Equal rows of different classes are kept once each."
-    _check(x, y, 2)
+    "Condensed nearest neighbours (Hart 1968). At most N squared distances. Of equal rows that disagree no choice is right: all are kept but those of the first class met."
+    y = _check(x, y, 2)
     generator, keep = seeded(generator), torch.zeros_like(y, dtype=torch.bool)
     order = torch.randperm(len(x), generator=generator, device=generator.device).tolist()
     nearest, label = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device), torch.full_like(y, -1)
@@ -50,7 +50,8 @@ def _check(x, y, least):
     if x.ndim != 2 or y.shape != x.shape[:1] or y.is_floating_point(): refuse("y", f"{y.dtype} of shape {tuple(y.shape)}", f"whole numbers, one for each row of x {tuple(x.shape)}")
     if len(x) < least: refuse("x", f"{len(x)} rows", f"at least {least}")
     if (y < 0).any() or len(y.unique()) < 2: refuse("y", "one class only" if (y >= 0).all() else "numbers below 0", "at least two classes, from 0")
-    check_finite("x", x)
+    check_inputs("x", x)
+    return y.long()
 
 def _neighbours(x, k):
     "The nearest others of each row, (N, k)."
@@ -73,9 +74,10 @@ def neighbour_graph(
 )->Graph:
     "Nearest neighbours of each row, among all rows or among those of its mini-batch."
     check_count("k", k)
-    generator, n = seeded(generator), len(check_finite("x", x))
+    generator, n = seeded(generator), len(check_inputs("x", x))
     parts = 1 if batch is None else max(n // max(check_count("batch", batch), 1), 1)
     if n // parts <= k: refuse("k", k, f"fewer than the {n // parts} rows of a batch")
+    if labels is not None: check_rows("labels", labels, x)
     order = torch.randperm(n, generator=generator, device=generator.device).to(x.device)
     if labels is not None: order = order[labels[order].argsort(stable=True)] # dealt out class by class
     found, comparisons = [], 0
@@ -98,7 +100,7 @@ def hashing_graph(
     "Approximate nearest neighbours by the signs of random projections, at several levels and in several views (Rustamov et al. 2025, arXiv:2502.20293; the hierarchy of prefixes is ours)."
     for name, value in (("k", k), ("bits", bits), ("levels", levels), ("views", views)): check_count(name, value)
     if bits > 62 or levels > bits: refuse("bits, levels", f"{bits}, {levels}", "at most 62 bits and no more levels than bits")
-    generator, n = seeded(generator), len(check_finite("x", x))
+    generator, n = seeded(generator), len(check_inputs("x", x))
     centred, comparisons = x - x.mean(0), 0
     near, index = torch.full((n, k), torch.inf, dtype=x.dtype, device=x.device), torch.full((n, k), -1, device=x.device)
     for _ in range(views):
@@ -133,7 +135,8 @@ def graph_recall(
     exact:Tensor, # of the exact one, (2, E')
 )->float:         # in [0, 1]
     "Which share of the exact edges a graph has."
-    size = int(max(edges.max(), exact.max())) + 1
+    if not exact.numel(): refuse("exact", "no edges", "at least one")
+    size = int(torch.cat([edges, exact], 1).max()) + 1
     return float(torch.isin(exact[0] * size + exact[1], edges[0] * size + edges[1]).double().mean())
 
 # %% ../../../nbs/sparsity/16_instances.ipynb #GraphAttention
@@ -196,9 +199,9 @@ def gais(
     generator=None,    # generator or seed of the first weights; None: seed 0
 )->Instances:          # keep with `keep_examples(scores, k, labels=y)`
     "Graph-attention instance selection (Rustamov et al. 2024, arXiv:2412.19201; 2025, arXiv:2502.20293; the score is ours). `epochs` forward and backward passes over the graph, and one forward pass."
-    _check(x, y, 2)
+    y = _check(x, y, 2)
     if score not in ("attention", "confidence", "both"): refuse("score", repr(score), '"attention", "confidence" or "both"')
-    if edges.ndim != 2 or len(edges) != 2 or not edges.numel() or edges.min() < 0 or edges.max() >= len(x): refuse("edges", f"shape {tuple(edges.shape)}", f"(2, E), numbers of the {len(x)} rows")
+    if edges.ndim != 2 or len(edges) != 2 or not edges.numel() or edges.is_floating_point() or edges.min() < 0 or edges.max() >= len(x): refuse("edges", f"shape {tuple(edges.shape)}", f"(2, E), numbers of the {len(x)} rows")
     check_count("epochs", epochs)
     loops = torch.arange(len(x), device=x.device)
     edges = torch.cat([edges[:, edges[0] != edges[1]], torch.stack([loops, loops])], 1)
@@ -206,10 +209,11 @@ def gais(
         torch.manual_seed(seed_of(generator))
         network = GraphAttention(x.shape[1], int(y.max()) + 1, hidden, heads).to(x)
     optimizer = torch.optim.Adam(network.parameters(), lr=rate, weight_decay=decay)
-    for _ in range(epochs):
-        optimizer.zero_grad()
-        F.cross_entropy(network(x, edges)[0], y).backward()
-        optimizer.step()
+    with torch.enable_grad(): # also where the caller wants none
+        for _ in range(epochs):
+            optimizer.zero_grad()
+            F.cross_entropy(network(x, edges)[0], y).backward()
+            optimizer.step()
     with torch.no_grad(): logits, weights = network(x, edges)
     others = edges[0] != edges[1]
     attention = sum(x.new_zeros(len(x)).index_add(0, edges[0, others], w[others].mean(1)) for w in weights) / len(weights)
