@@ -133,6 +133,7 @@ def tune_selected(
             kept.append(chosen)
     return Tuned(network.eval(), losses, kept)
 
+# %% ../../../nbs/sparsity/20_tokens.ipynb #tune_parts
 def _asked(batch):
     "A batch without its labels, the tokens of the answers (of all but the first token), and the tokens of the question."
     if not hasattr(batch, "keys") or "labels" not in batch or "input_ids" not in batch: refuse("batches", type(batch).__name__, "mappings with input_ids and labels")
