@@ -289,9 +289,16 @@ def run(
     done.metadata["whatmatters"] = dict(experiment=path.stem, preset=preset or "default", parameters=values, code=code, started=started,
                                         seconds=round(time.monotonic() - began, 1), engine=engine, **about)
     done.metadata.get("papermill", {}).update(input_path=path.name, output_path=final.name) # no folder of this machine
+    _without_folders(done)
     write(final, nbformat.writes(done))
     partial.unlink()
     return final, True
+
+# %% ../../../nbs/core/07_experiments.ipynb #without_folders
+def _without_folders(notebook):
+    "Warnings name the file that they come from, in a folder of this machine, which is cut off."
+    for output in (o for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"):
+        output.text = re.sub(r"(?:[A-Za-z]:)?[\\/](?:[\w.+ -]+[\\/])+(?=site-packages[\\/]|ipykernel_\d|pkg[\\/]whatmatters)", "", output.text)
 
 # %% ../../../nbs/core/07_experiments.ipynb #_writable
 def _writable(out):
