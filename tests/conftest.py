@@ -24,3 +24,11 @@ def real():
         if not (SHARED/"data"/name).is_dir(): pytest.skip(f"no folder of real data named {name}")
         return str(SHARED/"data"/name)
     return folder
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    "Three classes that are told apart easily, 150 rows of 6 numbers."
+    import torch  # late: the number of its threads is set above
+    y = torch.arange(150) % 3
+    return torch.randn(150, 6, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(6)[y], y

@@ -3,17 +3,9 @@ import pytest
 import torch
 from torch import nn
 from whatmatters.core.ensemble import checkpoints, train_ensemble
-from whatmatters.core.values import seeded
 
 
 def mlp(): return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
-
-
-@pytest.fixture(scope="module")
-def blobs():
-    "Three classes that are told apart easily, 150 rows of 6 numbers."
-    y = torch.arange(150) % 3
-    return torch.randn(150, 6, generator=seeded(0)) + 3 * torch.eye(6)[y], y
 
 
 @pytest.mark.parametrize("options", [dict(), dict(group=2), dict(optimizer=lambda p: torch.optim.SGD(p, lr=.1, momentum=.9))], ids=["adam", "groups", "momentum"])

@@ -19,13 +19,6 @@ def mlp(): return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
 @pytest.fixture(scope="module")
-def blobs():
-    "Three classes that are told apart easily, 150 rows of 6 numbers."
-    y = torch.arange(150) % 3
-    return torch.randn(150, 6, generator=seeded(0)) + 3 * torch.eye(6)[y], y
-
-
-@pytest.fixture(scope="module")
 def bert():
     torch.manual_seed(0)
     return BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=16, num_labels=3)).eval()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import gaussian_kde
-from sklearn.datasets import load_breast_cancer, make_classification
+from sklearn.datasets import make_classification
 from whatmatters.core.values import seeded
 from whatmatters.sparsity.imbalance import (adapted_gamma, asymmetric_loss, cisir_loss, correlation_loss, label_density, mdi_importance, negative_gradient, over_sample, probability_gap, roc_hull,
                                             smote, stratified_batches, under_sample)

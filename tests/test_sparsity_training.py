@@ -1,5 +1,4 @@
 "Masks in the ensemble trainer; sparsity found while training: gradients, transformers, plain layers afterwards, tickets by hand, costs, and bad input."
-import copy
 from functools import partial
 import pytest
 import torch

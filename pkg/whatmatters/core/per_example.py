@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from .calibration import _batches, _calibrating, _call, _first, _patches, _requiring
+from .calibration import _batches, _calibrating, _first, _patches, _requiring
 from .hooks import _every_module_runs
 from .language import token_losses
 from .values import Chunk, check_count, refuse, seeded

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import one_hot
-from ..core.keep import top
 from ..core.values import check_count, check_finite, refuse, seeded
 from .examples import quotas
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from ..core.keep import count_of
 from ..core.values import check_count, check_finite, check_inputs, check_rows, refuse, seeded
 
 # %% ../../../nbs/sparsity/24_imbalance.ipynb #smote

@@ -12,8 +12,8 @@ __all__ = ['uncertainty', 'rare_probability', 'temperature', 'inhibited_log_soft
 from functools import partial
 from typing import NamedTuple
 import torch
-from torch import nn, Tensor
-from torch.nn.functional import cross_entropy, dropout, nll_loss, one_hot
+from torch import Tensor
+from torch.nn.functional import one_hot
 from ..core.ensemble import train_ensemble
 from ..core.keep import top
 from ..core.values import check_count, check_finite, check_rows, refuse, seeded

@@ -9,7 +9,7 @@ __all__ = ['first_learned', 'learned', 'Stopped', 'late_stopping', 'Confident', 
 # %% ../../../nbs/sparsity/19_noise.ipynb #710e8af0
 from typing import NamedTuple
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from ..core.ensemble import Ensemble, adam, checkpoints, train_ensemble
 from ..core.keep import count_of, top
