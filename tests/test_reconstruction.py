@@ -162,6 +162,19 @@ def test_a_network_of_convolutions_linear_layers_and_experts():
             assert not torch.equal(v.matrix, before[name])
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_memory_is_that_of_one_block_and_of_the_masks(peak, sequential):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    found, ids = {}, torch.randint(40, (16, 16), generator=torch.Generator().manual_seed(0))
+    for layers in (1, 4):
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=64, intermediate_size=176, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1)).eval()
+        found[layers] = peak(lambda: prune_sparsegpt(network, ids.split(4), .5, sequential=sequential, block=16))
+    block, second, hidden = sum(w.matrix.numel() for n, w in weights_of(network).items() if ".0." in n), 4 * (3 * 64 ** 2 + 176 ** 2), 4 * 64 * ids.numel()
+    assert found[4] - found[1] < 3.1 * block  # a mask takes a byte per weight; of what else a block needs nothing stays
+    assert found[1] < block + hidden + 3 * second
+
+
 def test_a_budget_for_each_layer_and_one_forward_pass():
     torch.manual_seed(0)
     network, calls = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12)).eval(), []

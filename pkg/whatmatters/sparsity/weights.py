@@ -412,7 +412,7 @@ def prune(
 )->Pruned:                 # masks, sparsity by weight, coverage; `.hold()` for training on
     """Set the weights to zero that matter least. Zeros save neither time nor memory by themselves: see the end of the chapter.
 
-    Cost: none, one forward pass or one forward and backward pass per calibration row, by the score; `sequential`: two forward passes, and a copy of the weights on the CPU meanwhile. Memory beside the network: a mask (one byte
+    Cost: none, one forward pass or one forward and backward pass per calibration row, by the score; `sequential`: two forward passes, and a copy of the weights in a temporary file meanwhile. Memory beside the network: a mask (one byte
     per weight), statistics, and the scores of one layer at a time, or of all with an allocation that compares them over the model."""
     kind, sizes, sparsity = _pattern(pattern, sparsity)
     weights = weights_of(network) if weights is None else weights
