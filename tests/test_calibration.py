@@ -141,7 +141,8 @@ def test_tied_weights_are_one():
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda f: calibrate(f, []), "batches: got none"), (lambda f: list(walk(f, [])), "batches: got none"), (lambda f: gradients(f, []), "batches: got none"),
-    (lambda f: calibrate(f, [torch.zeros(0, 4, dtype=torch.long)]), "batches: got a Tensor without"), (lambda f: calibrate(f, ["text"]), "batches: got a str"),
+    (lambda f: calibrate(f, [torch.zeros(0, 4, dtype=torch.long)]), "batches: got a Tensor without"), (lambda f: list(walk(f, [torch.zeros(0, 4, dtype=torch.long)])), "batches: got a Tensor without"),
+    (lambda f: gradients(f, [IDS[:, :1]]), "loss: got nan of a row"), (lambda f: calibrate(f, ["text"]), "batches: got a str"),
     (lambda f: calibrate(f, [IDS], want=("mean",)), "want: got mean"), (lambda f: weights_of(f, skip="lm_head"), "skip: got 'lm_head'"),
     (lambda f: weights_of(nn.Sequential(nn.GRU(2, 2))), "of a GRU, for which there is no rule"), (lambda f: list(walk(f, [IDS], chain="model.blocks")), "chain: got 'model.blocks'"),
     (lambda f: gradients(f, [IDS], lambda f, b: f(b).logits), "loss: got a"), (lambda f: hidden_cosines(nn.Linear(2, 2), [torch.ones(1, 2)]), "without a list of blocks")])

@@ -183,3 +183,19 @@ def test_a_budget_for_each_layer_and_one_forward_pass():
     assert [int(m.sum()) for m in masks.values()] == [90, 36] and len(calls) == 6
     with pytest.warns(UserWarning, match="batches: 3 rows for the 1[02] inputs of [02].weight"): prune_sparsegpt(network, [torch.randn(3, 10)], .7)
     with pytest.raises(ValueError, match="sparsity: got 1.5"): prune_sparsegpt(network, [torch.randn(30, 10)], {"0.weight": 1.5, "2.weight": 0})
+
+
+def test_what_a_network_must_not_be_asked_leaves_it_as_it_was():
+    def make():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, 8)).eval()
+    x = [torch.randn(60, 16, generator=torch.Generator().manual_seed(1))]
+    half = make()
+    prune_sparsegpt(half, x, pattern="2:4")
+    for network, options, message in ((make(), dict(batches=[]), "batches: got none"), (make(), dict(batches=[x[0][:0]]), "batches: got a Tensor without a tensor that has rows"), (make(), dict(sparsity=.999), "sparsity: got 0.999, which leaves nothing of 0.weight, 2.weight; want less"),
+                                      (make(), dict(batches=[torch.full((60, 16), torch.nan)]), "batches: got NaN or infinite activations at the input of 0.weight"), (half, dict(pattern="2:4"), "network: got one already pruned to 50.0%; want one that does not have the pattern 2:4"),
+                                      (half, dict(sparsity=.5), "network: got one already pruned to 50.0%; want a sparsity above that, not 0.5"), (make(), dict(pattern="2:5"), "pattern: got m=5 for 16 inputs")):
+        before = [p.clone() for p in network.parameters()]
+        with pytest.raises(ValueError, match=message): prune_sparsegpt(network, **{"batches": x, **options})
+        assert all(torch.equal(a, b) for a, b in zip(before, network.parameters())), options
+    assert prune_sparsegpt(make(), x, .999, allow_empty=True).removed == 1 and prune_sparsegpt(half, x, pattern="1:4").removed == .75

@@ -385,6 +385,7 @@ def gradients(
         for one in (row for batch in _batches(batches) for row in _one_by_one(batch)):
             value = loss(network, one)
             if not isinstance(value, Tensor) or value.numel() != 1: refuse("loss", f"a {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}", "one number for one row")
+            if not value.isfinite(): refuse("loss", f"{value.item()} of a row", "a finite number; of the next token there is none without two tokens")
             for p, g in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True)):
                 if g is None: continue
                 g = g.float()
@@ -480,6 +481,7 @@ def walk(
     A network without a chain of blocks is one block."""
     weights, batches, blocks = weights_of(network) if weights is None else weights, list(_batches(batches)), chain_of(network, chain)
     if not batches: refuse("batches", "none", "at least one")
+    for batch in batches: _first(batch)
     inside = {name: {n: w for n, w in weights.items() if n.startswith(name + ".")} for name, _ in blocks}
     if any(inside.values()):
         with torch.no_grad(), _calibrating(network): hidden, rests = _enter(network, batches, blocks)

@@ -172,6 +172,7 @@ def prune_sparsegpt(
     weights:dict|None=None,    # name -> `core.calibration.Weight`; None: all of the network
     block:int=128,             # columns over which the share is exact
     damp:float=.01,            # as for `obs_factor`
+    allow_empty:bool=False,    # whether a layer may lose all of its weights
     progress=None,             # called with (weight matrices done, of how many)
 )->Pruned:                     # masks, sparsity by weight, coverage; `.hold()` for training on
     """Prune a network with SparseGPT (Frantar & Alistarh 2023, arXiv:2301.00774). If anything fails, the weights are what they were.
@@ -182,7 +183,8 @@ def prune_sparsegpt(
     for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_sparsity(s)
     zeros, total = sum(int((w.matrix == 0).sum()) for w in weights.values()), sum(w.matrix.numel() for w in weights.values())
     aim = sum(sparsity[n] * w.matrix.numel() for n, w in weights.items()) / total if isinstance(sparsity, dict) else sparsity
-    if pattern is None and zeros and zeros >= aim * total > 0: refuse("network", f"one already pruned to {zeros / total:.1%}", f"a sparsity above that, not {aim:g}")
+    fits = pattern is not None and all(_fits(w.matrix, pattern) for w in weights.values())
+    if fits or pattern is None and zeros and zeros >= aim * total > 0: refuse("network", f"one already pruned to {zeros / total:.1%}", f"one that does not have the pattern {pattern} yet" if fits else f"a sparsity above that, not {aim:g}")
     with restoring(weights):
         for _, _, statistics in walk(network, batches, ("second",), weights, sequential):
             last = None
@@ -195,7 +197,14 @@ def prune_sparsegpt(
                 masks[name] = _in_place(weights[name].matrix, each, factors, sparsity[name] if isinstance(sparsity, dict) else sparsity, pattern, block, damp)
                 if progress: progress(len(masks), len(weights))
             del statistics, s, last, each, factors # before those of the next block are gathered
+        empty = [n for n, m in masks.items() if m.numel() and not m.any()]
+        if empty and not allow_empty: refuse("sparsity", f"{aim:g}, which leaves nothing of {', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}", "less, or allow_empty=True")
     return Pruned(weights, masks, coverage(network, weights))
+
+def _fits(matrix, pattern):
+    "Whether a matrix has at most n weights in every m neighbours already."
+    kind, (n, m), _ = _pattern(pattern, None)
+    return kind == ":" and matrix.shape[1] % m == 0 and bool(((matrix != 0).unflatten(1, (-1, m)).sum(-1) <= n).all())
 
 def _in_place(matrix, seconds, factors, *how):
     "Prune a matrix, that of a convolution group by group; what stays."
