@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import nbformat
-from . import experiments
+from . import experiments, ledger
 
 # %% ../../../nbs/core/08_cli.ipynb #main
 def main(
@@ -49,7 +49,7 @@ def _parser():
     run.set_defaults(call=_run)
     report = commands.add_parser("report", help="write the report of a folder of executed notebooks")
     report.add_argument("dir", metavar="DIR")
-    report.set_defaults(call=lambda o: print(f"report: {experiments.report(o.dir)}"))
+    report.set_defaults(call=lambda o: print(f"report: {ledger.report(o.dir)}"))
     return parser
 
 # %% ../../../nbs/core/08_cli.ipynb #_list
@@ -76,5 +76,5 @@ def _run(options):
     if len(given) < len(options.parameter): raise ValueError(f"-p: got {' '.join(k for k, _ in options.parameter)}; want each parameter once")
     path, ran = experiments.run(options.name, options.preset, given, options.out, options.force, "warm" if options.warm else "kernel", typed=True, bar=True)
     print(f"executed: {path}" if ran else f"finished before with the same parameters and code (--force repeats it): {path}")
-    for c in experiments._harvest(path).claims: print(f"  [{c['verdict']}] {c['says']}")
-    print(f"report:   {experiments.report(options.out)}")
+    for c in ledger.read_run(path).claims: print(f"  [{c['verdict']}] {c['says']}")
+    print(f"report:   {ledger.report(options.out)}")
