@@ -95,7 +95,7 @@ BAD = {
     "broken list": (["run", "roar", "-p", "ratios", "[0.1"], "ratios: got '[0.1' (str); want list[float]"),
     "list": (["run", "roar", "-p", "ratios", "0.5"], "ratios: got 0.5 (float); want list[float]"),
     "data": (["run", "roar", "-p", "data", "./nowhere"], "data: got './nowhere', which is no folder; want one of digits"),
-    "report": (["report", "./nowhere"], "out: got ./nowhere, which is no folder"),
+    "report": (["report", "./nowhere"], "folder: got ./nowhere, which is no folder"),
     "twice": (["run", "roar", "-p", "seeds", "1", "-p", "seeds", "2"], "-p: got seeds seeds; want each parameter once"),
 }
 
