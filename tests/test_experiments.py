@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 import nbformat
 import pytest
-from whatmatters.core import experiments
+from whatmatters.core import experiments, ledger
 from whatmatters.core.cli import main
 
 ROOT = Path(__file__).parent.parent
 
 
-def claims(path): return experiments._harvest(path).claims
+def claims(path): return ledger.read_run(path).claims
 
 
 @pytest.mark.parametrize("name", experiments.names())
@@ -24,7 +24,7 @@ def test_smoke(name, tmp_path):
     assert {c["system"] for c in found} == {s for s, _ in experiments.declared_claims(nbformat.read(experiments.find(name), 4))}
     assert about.parameters.seeds == 2 and about.device and about.versions.torch and about.seconds > 0
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert experiments._harvest(path).figure
+    assert ledger.read_run(path).figure
 
 
 def test_same_seed_same_bits_whatever_the_chunk(tmp_path):
@@ -150,8 +150,8 @@ def test_the_report_is_one_page_without_network(tmp_path):
     experiments.run("roar", "smoke", dict(rows=60, epochs=1), tmp_path, engine="warm")
     (tmp_path/"half.partial.ipynb").write_text("{")
     (tmp_path/"other.ipynb").write_text("not a notebook")
-    page = experiments.report(tmp_path)
-    text, ledger = page.read_text(), json.loads((tmp_path/"ledger.json").read_text())
-    assert len(ledger) == 7 and all(c["verdict"] == "inconclusive" and c["notebook"].endswith(".ipynb") for c in ledger)
-    assert "http" not in text and "<script" not in text and 'src="data:image/png;base64,' in text and ledger[0]["says"] in text
+    page = ledger.report(tmp_path)
+    text, found = page.read_text(), json.loads((tmp_path/"ledger.json").read_text())
+    assert len(found) == 7 and all(c["verdict"] == "inconclusive" and c["notebook"].endswith(".ipynb") for c in found)
+    assert "http" not in text and "<script" not in text and 'src="data:image/png;base64,' in text and found[0]["says"] in text
     assert {p.suffix for p in tmp_path.iterdir()} == {".ipynb", ".json", ".html"}

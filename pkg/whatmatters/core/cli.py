@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import nbformat
-from . import experiments
+from . import experiments, ledger
 
 # %% ../../../nbs/core/08_cli.ipynb #main
 def main(
@@ -59,7 +59,7 @@ def _parser():
         command.add_argument("--warm", action="store_true", help="run inside the process that is there, without a kernel for each run")
     report = commands.add_parser("report", help="write the report of a folder of executed notebooks")
     report.add_argument("dir", metavar="DIR")
-    report.set_defaults(call=lambda o: print(f"report: {experiments.report(o.dir)}"))
+    report.set_defaults(call=lambda o: print(f"report: {ledger.report(o.dir)}"))
     return parser
 
 # %% ../../../nbs/core/08_cli.ipynb #_list
@@ -91,8 +91,8 @@ def _given(options):
 def _run(options):
     path, ran = experiments.run(options.name, options.preset, _given(options), options.out, options.force, "warm" if options.warm else "kernel", typed=True, bar=True)
     print(f"executed: {path}" if ran else f"finished before with the same parameters and code (--force repeats it): {path}")
-    for c in experiments._harvest(path).claims: print(f"  [{c['verdict']}] {c['says']}")
-    print(f"report:   {experiments.report(options.out)}")
+    for c in ledger.read_run(path).claims: print(f"  [{c['verdict']}] {c['says']}")
+    print(f"report:   {ledger.report(options.out)}")
 
 # %% ../../../nbs/core/08_cli.ipynb #_sweep
 def _sweep(options):
@@ -102,7 +102,7 @@ def _sweep(options):
         found = sweeps.sweep(runs, client, "warm" if options.warm else "kernel", options.force, tell=tell)
     print(f"{len(found.ran)} executed, {len(found.before)} finished before, {len(found.failed)} failed, in {found.seconds:.0f} s")
     for _, why in found.failed: print(f"  {why}")
-    print(f"report:   {experiments.report(options.out)}")
+    print(f"report:   {ledger.report(options.out)}")
     return 1 if found.failed else 0
 
 @contextlib.contextmanager
