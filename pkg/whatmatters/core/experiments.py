@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'FEWEST', 'CLAIM', 'RECORD', 'COLOURS', 'folder', 'names', 'find', 'presets', 'Parameter', 'parameters',
            'fits', 'parse', 'resolve', 'judge', 'claim', 'title_of', 'declared_claims', 'progress', 'write', 'record',
-           'commit', 'digest', 'code_digest', 'RunFailed', 'run']
+           'commit', 'digest', 'code_digest', 'RunFailed', 'Busy', 'Plan', 'plan', 'record_of', 'finished', 'alone',
+           'execute', 'run']
 
 # %% ../../../nbs/core/07_experiments.ipynb #a80232d4
 import ast
 import contextlib
 import difflib
+import functools
 import hashlib
 import html
 import importlib.util
@@ -107,9 +109,12 @@ def parse(
     if "str" in kinds: return text
     try: value = yaml.safe_load(text)
     except yaml.YAMLError: return text # which then does not fit
-    number = lambda v: float(v) if isinstance(v, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", v) else v
-    if "float" in kind: return [number(v) for v in value] if isinstance(value, list) else number(value)
-    return value
+    return _numbers(value) if "float" in kind else value
+
+def _numbers(value):
+    "What YAML read, with the words that are numbers, such as 1e-3, as numbers."
+    if isinstance(value, list): return [_numbers(v) for v in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value) else value
 
 # %% ../../../nbs/core/07_experiments.ipynb #resolve
 def resolve(
@@ -127,12 +132,14 @@ def resolve(
         if name not in declared: _unknown("parameter", name, list(declared))
     if typed: given = {n: parse(v, declared[n].type) for n, v in given.items()}
     values = {**{n: p.default for n, p in declared.items()}, **values, **given}
-    for name, value in values.items():
-        if not fits(value, declared[name].type): _refuse(name, f"{value!r} ({type(value).__name__})", f"{declared[name].type}: {declared[name].help}")
-    if isinstance(values.get("data"), str):
-        from whatmatters.core.data import source_kind
-        source_kind(values["data"])
+    for name, value in values.items(): _check(value, declared[name])
     return values
+
+def _check(value, parameter):
+    if not fits(value, parameter.type): _refuse(parameter.name, f"{value!r} ({type(value).__name__})", f"{parameter.type}: {parameter.help}")
+    if parameter.name == "data" and isinstance(value, str):
+        from whatmatters.core.data import source_kind
+        source_kind(value)
 
 # %% ../../../nbs/core/07_experiments.ipynb #judge
 FEWEST = 5 # values from which a verdict may be drawn
@@ -237,14 +244,18 @@ def write(
 # %% ../../../nbs/core/07_experiments.ipynb #record
 def record():
     "Show, in the last cell of a run, the versions, device and peak memory of the process that ran it."
-    from importlib.metadata import version
     from IPython.display import display
     import torch
     cuda = torch.cuda.is_available()
-    entry = dict(python=platform.python_version(), versions={n: version(n) for n in ("whatmatters", "torch", "transformers", "numpy", "scipy", "scikit-learn", "papermill")},
+    entry = dict(python=platform.python_version(), versions=_versions(),
                  device=torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads", platform=platform.platform(terse=True), commit=commit(),
                  peak_memory_mb=_peak_memory(), peak_gpu_memory_mb=torch.cuda.max_memory_allocated() // 2 ** 20 if cuda else None)
     display({RECORD: entry, "text/plain": f"{entry['device']}, torch {entry['versions']['torch']}, peak memory {entry['peak_memory_mb']} MB"}, raw=True)
+
+@functools.cache
+def _versions():
+    from importlib.metadata import version
+    return {n: version(n) for n in ("whatmatters", "torch", "transformers", "numpy", "scipy", "scikit-learn", "papermill")}
 
 def _peak_memory():
     try: import resource
@@ -252,6 +263,7 @@ def _peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 # %% ../../../nbs/core/07_experiments.ipynb #commit
+@functools.cache # of the code that this process has imported
 def commit()->str|None:
     "Git commit of the code that runs, with a + when the tree has changes; None outside a checkout."
     ask = lambda *a: subprocess.run(["git", "-C", str(PACKAGE), *a], capture_output=True, text=True)
@@ -278,6 +290,87 @@ def code_digest(
 class RunFailed(Exception):
     "An experiment that did not reach its end; the message says where and why."
 
+class Busy(RunFailed):
+    "A run that another process is executing."
+
+# %% ../../../nbs/core/07_experiments.ipynb #Plan
+class Plan(NamedTuple):
+    "A run that can start: its notebook, preset, parameters, digest of the code, and the file that it leaves."
+    notebook: Path
+    preset: str
+    parameters: dict
+    code: str
+    final: Path
+
+# %% ../../../nbs/core/07_experiments.ipynb #plan
+def plan(
+    path:Path,       # notebook
+    preset:str|None, # preset
+    values:dict,     # every parameter, as `resolve` gives them
+    out:Path,        # folder of executed notebooks
+    code:str,        # digest of the code
+)->Plan:
+    "The plan of a run with these parameters."
+    return Plan(path, preset or "default", values, code, out/f"{path.stem}-{preset or 'default'}-{digest(values)}.ipynb")
+
+# %% ../../../nbs/core/07_experiments.ipynb #record_of
+def record_of(
+    path, # executed notebook
+)->dict:
+    "The record in a finished notebook; empty when there is none."
+    try: return json.loads(Path(path).read_text())["metadata"].get("whatmatters", {})
+    except (OSError, ValueError, LookupError): return {}
+
+# %% ../../../nbs/core/07_experiments.ipynb #finished
+def finished(
+    planned:Plan, # run
+)->bool:
+    "Whether a run is finished, with the same parameters and code."
+    return planned.final.exists() and record_of(planned.final).get("code") == planned.code
+
+# %% ../../../nbs/core/07_experiments.ipynb #alone
+@contextlib.contextmanager
+def alone(
+    planned:Plan, # run
+):
+    "Hold a run, or raise `Busy` when another process does."
+    from filelock import FileLock, Timeout
+    lock = FileLock(planned.final.with_suffix(".lock"), timeout=0)
+    try: lock.acquire()
+    except Timeout: raise Busy(f"{planned.final.stem} is being run by another process") from None
+    try: yield
+    finally:
+        with contextlib.suppress(OSError): os.unlink(lock.lock_file) # before it is let go of; whoever waits for this file sees that it is gone
+        lock.release()
+
+# %% ../../../nbs/core/07_experiments.ipynb #execute
+def execute(
+    planned:Plan,        # run
+    force:bool=False,    # repeat a finished run
+    engine:str="kernel", # "kernel": a process of its own; "warm": this process
+    bar:bool=False,      # show a progress bar
+)->bool:                 # whether it was executed now
+    "Execute a planned run, unless it is finished; raises `RunFailed`, and `Busy` when another process runs it."
+    if not force and finished(planned): return False
+    final = planned.final
+    partial, failed = final.with_suffix(".partial.ipynb"), final.with_suffix(".failed.ipynb")
+    with alone(planned):
+        if not force and finished(planned): return False # by another process, just now
+        notebook = nbformat.read(planned.notebook, 4)
+        notebook.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"})
+        notebook.cells.append(nbformat.v4.new_code_cell("from whatmatters.core.experiments import record\nrecord()", metadata={"tags": ["record"]}))
+        began, started = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+        failed.unlink(missing_ok=True)
+        done = _execute(notebook, partial, failed, planned.parameters, engine, bar, planned.notebook.stem)
+        shown = next(o.data[RECORD] for o in reversed(done.cells[-1].outputs) if RECORD in o.get("data", {}))
+        done.metadata["whatmatters"] = dict(experiment=planned.notebook.stem, preset=planned.preset, parameters=planned.parameters, code=planned.code, started=started,
+                                            seconds=round(time.monotonic() - began, 1), engine=engine, **shown)
+        done.metadata.get("papermill", {}).update(input_path=planned.notebook.name, output_path=final.name) # no folder of this machine
+        _without_folders(done)
+        write(final, nbformat.writes(done))
+        partial.unlink()
+    return True
+
 # %% ../../../nbs/core/07_experiments.ipynb #run
 def run(
     name:str,               # experiment, or path of a notebook
@@ -292,25 +385,8 @@ def run(
     "Execute an experiment and leave the executed notebook, with its record, in `out`."
     if engine not in ("kernel", "warm"): _refuse("engine", repr(engine), '"kernel" or "warm"')
     path = find(name)
-    values, out = resolve(path, preset, given, typed), Path(out)
-    notebook = nbformat.read(path, 4)
-    code, final = code_digest(notebook), _writable(out)/f"{path.stem}-{preset or 'default'}-{digest(values)}.ipynb"
-    if final.exists() and not force and _about(final).get("code") == code: return final, False
-    partial, failed = final.with_suffix(".partial.ipynb"), final.with_suffix(".failed.ipynb")
-    notebook.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"})
-    notebook.cells.append(nbformat.v4.new_code_cell("from whatmatters.core.experiments import record\nrecord()", metadata={"tags": ["record"]}))
-    began, started = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    failed.unlink(missing_ok=True)
-    _execute(notebook, partial, failed, values, engine, bar, path.stem)
-    done = nbformat.read(partial, 4)
-    about = next(o.data[RECORD] for o in reversed(done.cells[-1].outputs) if RECORD in o.get("data", {}))
-    done.metadata["whatmatters"] = dict(experiment=path.stem, preset=preset or "default", parameters=values, code=code, started=started,
-                                        seconds=round(time.monotonic() - began, 1), engine=engine, **about)
-    done.metadata.get("papermill", {}).update(input_path=path.name, output_path=final.name) # no folder of this machine
-    _without_folders(done)
-    write(final, nbformat.writes(done))
-    partial.unlink()
-    return final, True
+    planned = plan(path, preset, resolve(path, preset, given, typed), _writable(Path(out)), code_digest(nbformat.read(path, 4)))
+    return planned.final, execute(planned, force, engine, bar)
 
 # %% ../../../nbs/core/07_experiments.ipynb #without_folders
 def _without_folders(notebook):
@@ -325,11 +401,6 @@ def _writable(out):
         with tempfile.TemporaryFile(dir=out): return out
     except OSError as error: _refuse("out", f"{out} ({error.strerror})", "a folder that can be written")
 
-def _about(path):
-    "The record in a finished notebook; empty when there is none."
-    try: return nbformat.read(path, 4).metadata.get("whatmatters", {})
-    except Exception: return {}
-
 def _execute(notebook, partial, failed, values, engine, bar, label):
     import logging
     import papermill
@@ -340,7 +411,7 @@ def _execute(notebook, partial, failed, values, engine, bar, label):
         runner = engines.telling(engines.WarmEngine if warm else papermill.engines.NBClientEngine, on_cell)
         quiet = {} if warm else {"extra_arguments": ["--log-level=CRITICAL"]} # a kernel warns at every start that TCP is not encrypted
         papermill.engines.papermill_engines.register("whatmatters", runner)
-        try: papermill.execute_notebook(notebook, str(partial), values, engine_name="whatmatters", kernel_name="python3", progress_bar=False, **quiet)
+        try: return papermill.execute_notebook(notebook, str(partial), values, engine_name="whatmatters", kernel_name="python3", progress_bar=False, **quiet)
         except (Exception, KeyboardInterrupt) as error:
             kind, said = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
             if kind == "KeyboardInterrupt": raise KeyboardInterrupt(f"{label} was interrupted; what it did so far is in {partial}") from None
