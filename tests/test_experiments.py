@@ -72,7 +72,8 @@ def test_recursive_roar_with_a_pretrained_encoder_from_a_folder(tmp_path):
                                          ("propagation", dict(models=["cnn"], batch=2, width=8, repeats=1)),
                                          ("games", dict(games=["diabetes 10 boosting"], encoder=None, budgets=[60], repeats=1, background=3)),
                                          ("pruning", dict(layers=1, hidden=32, neurons=48, heads=4, kv_heads=2, vocabulary=64, sequences=2, length=8, rows=1, gradient_sequences=1, side=32, memory=[], repeats=1)),
-                                         ("data", dict(examples=16, others=4, texts=4, rows=60, networks=2, truth=6, sizes=[16], subset_models=8, documents=200, labels=100, repeats=1))])
+                                         ("data", dict(examples=16, others=4, texts=4, rows=60, networks=2, truth=6, sizes=[16], subset_models=8, documents=200, labels=100, repeats=1)),
+                                         ("sweeps", dict(runs=1, workers=1, repeats=1, trivial=[10]))])
 def test_benchmarks_run(name, given, tmp_path):
     assert experiments.run(str(ROOT/f"nbs/benchmarks/{name}.ipynb"), given=given, out=tmp_path, engine="warm")[1]
 

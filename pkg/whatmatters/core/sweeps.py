@@ -187,8 +187,8 @@ def sweep(
     if engine not in ("kernel", "warm"): _refuse("engine", repr(engine), '"kernel" or "warm"')
     began, done = time.monotonic(), {"ran": [], "before": [], "failed": []}
     _check_workers_see(client, runs)
-    todo = [p for p in runs if force or not finished(p)]
-    done["before"] += [p for p in runs if p.final not in {p.final for p in todo}]
+    todo = []
+    for p in runs: (done["before"] if not force and finished(p) else todo).append(p)
     count = lambda: sum(map(len, done.values()))
     try:
         for planned, state, why in _drive(client, todo, engine, force, resources):
