@@ -13,16 +13,18 @@ test: .venv/ready
 lab: .venv/ready
 	$(BIN)/jupyter lab nbs/index.ipynb
 
-# after editing a notebook: the package, its requirements and the README follow
+# after editing a notebook, or a new record: the package, its requirements and the README with its figures follow
 export: .venv/ready
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_requirements --path pkg
+	$(BIN)/jupyter nbconvert --log-level ERROR --execute --to notebook --inplace nbs/index.ipynb
+	$(BIN)/nbdev_clean --fname nbs/index.ipynb
 	$(MAKE) readme
 
 README := README.md
 readme:
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags hide nbs/index.ipynb \
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags hide --TagRemovePreprocessor.remove_input_tags remove-input nbs/index.ipynb \
 		| sed 's#\](\([a-z]*/[^)]*\.ipynb\))#](nbs/\1)#g' > $(README)
 
 .venv/ready: constraints.txt pkg/pyproject.toml pkg/requirements.txt

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORDED', 'CLAIMED', 'FIGURES', 'COLUMNS', 'Run', 'read_run', 'harvest', 'merge', 'entries', 'write_ledger',
-           'read_ledger', 'summary', 'report']
+           'read_ledger', 'tally', 'summary', 'report']
 
 # %% ../../../nbs/core/19_ledger.ipynb #ledger-imports
 import csv
@@ -143,15 +143,22 @@ def read_ledger(
         if reader.fieldnames != COLUMNS: _refuse("path", f"{path} with the columns {', '.join(reader.fieldnames or ['none'])}", ", ".join(COLUMNS))
         return [{k: kind.get(k, str)(v) for k, v in row.items()} for row in reader]
 
+# %% ../../../nbs/core/19_ledger.ipynb #tally
+def tally(
+    rows,   # of a ledger
+)->dict:
+    "How many papers, runs and claims there are, and how many of the claims held, failed or stayed inconclusive."
+    of, verdicts = lambda key: len({r[key] for r in rows}), Counter(r["verdict"] for r in rows)
+    return dict(papers=of("system"), runs=of("notebook"), claims=len(rows), held=verdicts["holds"], failed=verdicts["fails"], inconclusive=verdicts["inconclusive"])
+
 # %% ../../../nbs/core/19_ledger.ipynb #summary
 def summary(
     rows,  # of a ledger
 )->str:
-    "How many claims of how many papers were measured in how many runs, and how many held, failed or stayed inconclusive."
-    several = lambda n, what: f"{n:,} {what}{'' if n == 1 else 's'}"
-    of, verdicts = lambda key: len({r[key] for r in rows}), Counter(r["verdict"] for r in rows)
-    return (f"{several(len(rows), 'claim')} of {several(of('system'), 'paper')} re-executed in {several(of('notebook'), 'run')}: "
-            f"{verdicts['holds']:,} held, {verdicts['fails']:,} failed, {verdicts['inconclusive']:,} inconclusive")
+    "The tally as a sentence."
+    n = tally(rows)
+    several = lambda what: f"{n[what + 's']:,} {what}{'' if n[what + 's'] == 1 else 's'}"
+    return f"{several('claim')} of {several('paper')} re-executed in {several('run')}: {n['held']:,} held, {n['failed']:,} failed, {n['inconclusive']:,} inconclusive"
 
 # %% ../../../nbs/core/19_ledger.ipynb #report
 def report(
