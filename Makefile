@@ -10,8 +10,12 @@ run: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal tests
 
+# a workspace beside your own, laid out anew at every start; LAB="--no-browser --port 9000" hands on options
+lab: export JUPYTERLAB_WORKSPACES_DIR := .venv/workspaces
 lab: .venv/ready
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter labextension disable @jupyterlab/apputils-extension:announcements
+	$(BIN)/jupyter lab workspaces import nbs/lab.json
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/workspaces/whatmatters $(LAB)
 
 # after editing a notebook, or a new record: the package, its requirements and the README with its figures follow
 export: .venv/ready
