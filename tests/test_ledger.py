@@ -82,6 +82,7 @@ def test_a_broken_notebook_is_named_and_left_out(what, tmp_path, caplog):
     executed(tmp_path/"good.ipynb")
     (tmp_path/"bad.ipynb").write_bytes(BROKEN[what])
     page = ledger.report(tmp_path)
+    ledger.refuse_newer(tmp_path)
     assert [r["notebook"] for r in ledger.read_ledger(tmp_path/"ledger.csv")] == ["good.ipynb"] and page.exists()
     message, = caplog.messages
     assert "bad.ipynb is left out, it cannot be read" in message and "good" not in message
@@ -117,6 +118,7 @@ def test_a_newer_version_is_refused_always_and_before_anything_is_written(name, 
     before = sorted(tmp_path.rglob("*"))
     for mixed in (False, True):
         with pytest.raises(ValueError, match=rf"folder: got .*new.ipynb, written by whatmatters {re.escape(version)}; want a version up to {re.escape(__version__)}"): ledger.report(tmp_path/"runs", tmp_path/"out", mixed)
+    with pytest.raises(ValueError, match="folder: got .*new.ipynb, written by"): ledger.refuse_newer(tmp_path/"runs")
     assert sorted(tmp_path.rglob("*")) == before
 
 
