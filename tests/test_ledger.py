@@ -51,7 +51,7 @@ class Links(HTMLParser):
 
 
 def test_runs_are_found_in_the_folder_and_in_folders_of_their_own(tmp_path):
-    for name in ("toy-default-1.ipynb", "toy-default-2/toy-default-2.ipynb"): executed(tmp_path/name, parameters={"seed": int(name[12])})
+    for name in ("toy-default-1.ipynb", "toy-default-2/toy-default-2.ipynb"): executed(tmp_path/name, parameters={"seed": int(name[12])}, figure="aG\nk=\n")  # kept as lines
     for name in ("toy-default-3.partial.ipynb", "toy-default-4.failed.ipynb", "toy-default-5/toy-default-5.partial.ipynb", "toy-default-6/toy-default-6.failed.ipynb",
                  "other/toy-default-7.ipynb", "deep/toy-default-8/toy-default-8.ipynb", ".ipynb_checkpoints/toy-default-1-checkpoint.ipynb"): executed(tmp_path/name)
     (tmp_path/"toy-default-2/toy-default-2.lock").touch()

@@ -47,15 +47,17 @@ def read_run(
     if not about: return None
     _check_version(path, about)
     if lacks := sorted(RECORDED - set(about)): _refuse("record", f"none of {', '.join(lacks)}", "all that a finished run records")
-    tags = lambda c: c["metadata"].get("tags", [])
-    data = lambda cells: [o["data"] for c in cells for o in c.get("outputs", []) if "data" in o]
-    key = [d["image/png"] for d in data(c for c in notebook["cells"] if "key-figure" in tags(c)) if "image/png" in d]
-    claims = [d[CLAIM] for d in data(notebook["cells"]) if CLAIM in d]
+    cells, tags = notebook["cells"], lambda c: c["metadata"].get("tags", [])
+    shown = lambda kind, cells: [o["data"][kind] for c in cells for o in c.get("outputs", []) if kind in o.get("data", {})]
+    whole = lambda text: text if isinstance(text, str) else "".join(text) # a long text may be kept as a list of its lines
+    source = lambda wanted: whole(next((c["source"] for c in cells if wanted(c)), ""))
+    claims, figures = shown(CLAIM, cells), shown("image/png", (c for c in cells if "key-figure" in tags(c)))
     for c in claims:
         if lacks := sorted(CLAIMED - set(c)): _refuse("claim", f"none of {', '.join(lacks)}", "all that a claim records")
-    title, defaults = _declared(*("".join(next((c["source"] for c in notebook["cells"] if wanted(c)), "")) for wanted in (lambda c: c["cell_type"] == "markdown", lambda c: "parameters" in tags(c))))
+    title, defaults = _declared(source(lambda c: c["cell_type"] == "markdown"), source(lambda c: "parameters" in tags(c)))
     changed = {n: v for n, v in about["parameters"].items() if v != defaults.get(n)}
-    return Run(Path(path), title, about, changed, claims, "".join((key[0] if isinstance(key[0], str) else "".join(key[0])).split()) if key else None)
+    figure = "".join(whole(figures[0]).split()) if figures else None
+    return Run(Path(path), title, about, changed, claims, figure)
 
 RECORDED = {"experiment", "preset", "parameters", "code", "device", "commit", "started", "seconds", "peak_memory_mb", "versions"}
 CLAIMED = {"system", "says", "verdict", "mean", "low", "high", "expect", "what", "level", "values"}
