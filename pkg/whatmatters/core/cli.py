@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 import nbformat
 from . import experiments, ledger
 
@@ -93,21 +92,17 @@ def _given(options):
 
 def _run(options):
     given = _given(options)
-    _refuse_newer(options.out)
+    ledger.refuse_newer(options.out)
     path, ran = experiments.run(options.name, options.preset, given, options.out, options.force, "warm" if options.warm else "kernel", typed=True, bar=True)
     print(f"executed: {path}" if ran else f"finished before with the same parameters and code (--force repeats it): {path}")
     for c in ledger.read_run(path).claims: print(f"  [{c['verdict']}] {c['says']}")
     print(f"report:   {ledger.report(options.out, mixed=True)}")
 
-def _refuse_newer(out):
-    "A folder with results of a newer version is not added to."
-    if Path(out).is_dir(): ledger.harvest(out)
-
 # %% ../../../nbs/core/08_cli.ipynb #_sweep
 def _sweep(options):
     from whatmatters.core import sweeps
     runs = sweeps.plans(options.name, options.grid, options.preset, _given(options), options.out, typed=True)
-    _refuse_newer(options.out)
+    ledger.refuse_newer(options.out)
     with sweeps.cluster(options.workers, options.gpus, options.scheduler) as client, _sweep_bar(len(runs), client) as tell:
         found = sweeps.sweep(runs, client, "warm" if options.warm else "kernel", options.force, tell=tell)
     print(f"{len(found.ran)} executed, {len(found.before)} finished before, {len(found.failed)} failed, in {found.seconds:.0f} s")

@@ -291,6 +291,7 @@ def code_digest(
 class RunFailed(Exception):
     "An experiment that did not reach its end; the message says where and why."
 
+# %% ../../../nbs/core/07_experiments.ipynb #Busy
 class Busy(RunFailed):
     "A run that another process is executing."
 
@@ -320,7 +321,7 @@ def record_of(
 )->dict:
     "The record in a finished notebook; empty when there is none."
     try: return json.loads(Path(path).read_text())["metadata"].get("whatmatters", {})
-    except (OSError, ValueError, LookupError): return {}
+    except (OSError, ValueError, LookupError, TypeError): return {}
 
 # %% ../../../nbs/core/07_experiments.ipynb #finished
 def finished(
