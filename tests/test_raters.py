@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from whatmatters.core import experiments
+from whatmatters.core import experiments, ledger
 from whatmatters.core.stats import correlation
 from whatmatters.evaluation.raters import (OrdinalHead, dawid_skene, label_proposal, linked_sets, majority_vote, ordinal_cross_entropy, ordinal_softmax, rasch, rasch_fit,
                                            rating_posterior, sampled_correlation)
@@ -240,7 +240,7 @@ def test_rasch_on_the_design_of_a_table(tmp_path):
     wide.to_csv(tmp_path/"table"/"ratings.csv", index=False)
     given = dict(data=str(tmp_path/"table"), text="comment", rater="person", items=["a", "b", "c"])
     path, _ = experiments.run("rasch", "smoke", given, tmp_path/"runs", engine="warm")
-    assert "269 ratings of 30 texts by 6 raters" in path.read_text() and len(experiments._harvest(path).claims) == 6
+    assert "269 ratings of 30 texts by 6 raters" in path.read_text() and len(ledger.read_run(path).claims) == 6
     with pytest.raises(Exception, match="without the columns d"): experiments.run("rasch", "smoke", {**given, "items": ["d"]}, tmp_path/"runs", engine="warm")
 
 
@@ -249,4 +249,4 @@ def test_neurons_of_a_trained_network_on_real_images(real, tmp_path):
     folder = next((p.parent for p in (SHARED/"models").rglob("resnet20*.th")), None)
     if folder is None: pytest.skip("no CIFAR ResNet")
     path, _ = experiments.run("neuron_raters", "smoke", dict(data=real("cifar10_lossless4k"), rows=150, model=str(folder), layer="network.layer3"), tmp_path, engine="warm")
-    assert "300 images" in path.read_text() and len(experiments._harvest(path).claims) == 6
+    assert "300 images" in path.read_text() and len(ledger.read_run(path).claims) == 6

@@ -1,10 +1,10 @@
 "What the experiments shap and ls_tree refuse before anything is trained, and what their claims are made of."
 import nbformat
 import pytest
-from whatmatters.core import experiments
+from whatmatters.core import experiments, ledger
 
 
-def values(path): return {c["says"]: c["values"] for c in experiments._harvest(path).claims}
+def values(path): return {c["says"]: c["values"] for c in ledger.read_run(path).claims}
 
 
 @pytest.mark.parametrize("name, given, message", [

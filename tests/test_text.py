@@ -7,7 +7,7 @@ from torch import nn
 from whatmatters.core.absence import draw_masked, draw_tokens
 from whatmatters.attribution.text import (attention_rollout, cross_task, gate_open, hard_concrete, learned_mask,
                                           ranking_agreement, raw_attention, reagent, suppress_context)
-from whatmatters.core import experiments
+from whatmatters.core import experiments, ledger
 from whatmatters.core.values import count_calls
 from whatmatters.evaluation.soft import soft_comprehensiveness, soft_sufficiency
 
@@ -284,9 +284,9 @@ def test_soft_metrics_by_hellinger_distance():
 def test_experiments_on_a_real_llama(name, tmp_path):
     if not (MODELS/"stories260K/hf").is_dir(): pytest.skip("no model stories260K")
     path, ran = experiments.run(name, "smoke", dict(model=str(MODELS/"stories260K/hf")), tmp_path, engine="warm")
-    assert ran and experiments._harvest(path).claims and "/stories260K" not in "".join(c["says"] for c in experiments._harvest(path).claims)
+    assert ran and ledger.read_run(path).claims and "/stories260K" not in "".join(c["says"] for c in ledger.read_run(path).claims)
 
 
 def test_cross_task_on_real_sentences(real, tmp_path):
     given = dict(data=[real("esnli"), real("sst2")], length=24)
-    assert experiments._harvest(experiments.run("cross_task", "smoke", given, tmp_path, engine="warm")[0]).claims
+    assert ledger.read_run(experiments.run("cross_task", "smoke", given, tmp_path, engine="warm")[0]).claims

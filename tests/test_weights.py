@@ -325,17 +325,17 @@ def test_sequential_recalibration_sees_pruned_inputs():
 
 
 def test_lamp_on_a_cifar_network(real, tmp_path):
-    from whatmatters.core import experiments
+    from whatmatters.core import experiments, ledger
     data = Path(real("cifar10_lossless4k"))
     given = dict(model=str(data.parent.parent/"models"/"resnet_cifar10"), data=str(data), rows=20, sparsities=[.5], high=.5)
     path, _ = experiments.run("lamp", "smoke", given, tmp_path, engine="warm")
-    assert len(experiments._harvest(path).claims) == 5
+    assert len(ledger.read_run(path).claims) == 5
 
 
 def test_dimap_on_a_swin_transformer_from_a_folder(tmp_path):
     from transformers import SwinConfig, SwinForImageClassification
-    from whatmatters.core import experiments
+    from whatmatters.core import experiments, ledger
     model(SwinForImageClassification, SwinConfig(image_size=8, patch_size=2, num_channels=1, embed_dim=4, depths=[1, 1], num_heads=[1, 2], window_size=2, num_labels=3)).save_pretrained(tmp_path/"swin")
     (tmp_path/"swin"/"preprocessor_config.json").write_text(json.dumps(dict(image_processor_type="ViTImageProcessor", do_normalize=True, image_mean=[.5], image_std=[.5])))
     path, _ = experiments.run("dimap", "smoke", dict(model=str(tmp_path/"swin"), rows=30), tmp_path/"runs", engine="warm")
-    assert {c["says"].split(":")[0] for c in experiments._harvest(path).claims} == {"Swin"}
+    assert {c["says"].split(":")[0] for c in ledger.read_run(path).claims} == {"Swin"}

@@ -49,16 +49,19 @@ def telling(
     engine,  # papermill engine
     on_cell, # called with (code cells done, of how many), or None
 ):           # the engine, which tells
-    "An engine that says how far it is."
+    "An engine that says how far it is, and writes the notebook once a second at most."
     class Telling(engine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **options):
-            complete, code = nb_man.cell_complete, [c for c in nb_man.nb.cells if c.cell_type == "code"]
+            complete, save, code = nb_man.cell_complete, nb_man.save, [c for c in nb_man.nb.cells if c.cell_type == "code"]
             def told(cell, *args, **kwargs):
                 if on_cell and cell.cell_type == "code": on_cell(1 + next((i for i, c in enumerate(code) if c is cell), 0), len(code))
                 return complete(cell, *args, **kwargs)
-            nb_man.cell_complete = told
-            return super().execute_managed_notebook(nb_man, kernel_name, **options)
+            def sometimes(**kwargs): # papermill writes the whole notebook twice for every cell
+                if (nb_man.now() - nb_man.last_save_time).total_seconds() > 1: save(**kwargs)
+            nb_man.cell_complete, nb_man.save = told, sometimes
+            try: return super().execute_managed_notebook(nb_man, kernel_name, **options)
+            finally: nb_man.save = save # for the end, or for what failed
     return Telling
 
 # %% ../../../nbs/core/06_engines.ipynb #run_cell
