@@ -17,7 +17,7 @@ from nbformat.v4 import new_markdown_cell
 from sphinx.cmd.build import main as sphinx
 
 from api import api, prose
-from papers import rows, tags
+from papers import rows
 
 ROOT = Path(__file__).parents[2]
 VERBS = {"attribution": "Attribution: score it", "sparsity": "Sparsity: keep only it", "evaluation": "Evaluation: prove it", "core": "Core: what all three share"}
@@ -131,19 +131,24 @@ def counts(verdicts):
 def claims(nb): return [o.data[CLAIM] for c in nb.cells for o in c.get("outputs", []) if CLAIM in o.get("data", {})]
 
 
+def label(about, differs):
+    "A run in a few words: what differs from the default, or where it ran."
+    return "; ".join([about["device"], *(f"{k} = {v}" if len(str(v)) < 40 else f"other {k}" for k, v in differs.items())])
+
+
 def about_run(nb, about, differs, others):
     "What a reader must know of a run: where, when, with what, and what it found."
     versions = ", ".join(f"{k} {v}" for k, v in {"Python": about["python"], **about["versions"]}.items())
     memory = f"{about['peak_memory_mb']} MB" + (f", {about['peak_gpu_memory_mb']} MB on the GPU" if about["peak_gpu_memory_mb"] else "")
     lines = {"Claims": counts(c["verdict"] for c in claims(nb)), "Ran on": f"{about['device']}, in {about['seconds']:.0f} s, at most {memory}, {about['started'][:10]}",
              "With": versions, "Parameters": ", ".join(f"`{k} = {json.dumps(v)}`" for k, v in differs.items()) or "the default ones", "Other runs": others}
-    return new_markdown_cell("| | |\n|---|---|\n" + "\n".join(f"| **{k}** | {v} |".replace("\n", " ") for k, v in lines.items() if v))
+    return new_markdown_cell("\n".join(f":{k}: {v}" for k, v in lines.items() if v))
 
 
 def experiment(path, runs, out):
     "The pages of an experiment: one for each run of the record, or the notebook as it is when there is none."
     for i, (name, nb, about, differs) in enumerate(runs):
-        others = ", ".join(f"[{a['device']}]({n}.ipynb)" for n, _, a, _ in runs if n != name)
+        others = " · ".join(f"[{label(a, d)}]({n}.ipynb)" for n, _, a, d in runs if n != name)
         top = about_run(nb, about, differs, others)
         number = 0
         for output in (o for c in nb.cells for o in c.get("outputs", []) if CLAIM in o.get("data", {})):
@@ -156,7 +161,7 @@ def experiment(path, runs, out):
             if cell.cell_type == "code" and "parameters" not in kinds: fold(cell, "Code")
             cell.pop("directive", None)
             cells.append(cell)
-        if i: cells[0].source = cells[0].source.replace("\n", f" ({about['device']})\n", 1)
+        if i: cells[0].source = cells[0].source.replace("\n", f" ({label(about, differs)})\n", 1)
         cells[0].source = re.sub(r"\bsystem (\d+)\b", r'<a href="../papers.html#paper-\1">system \1</a>', cells[0].source)
         cells.insert(1, top)
         if not i and len(runs) > 1: cells.append(new_markdown_cell(tree(n for n, *_ in runs[1:])))
@@ -174,10 +179,10 @@ def experiments(root, out, record):
              "| experiment | asks | claims | ran on |", "|---|---|---|---|"]
     for path in paths:
         runs = record.get(path.stem, [])
-        experiment(path, runs, out)
         title = heading(read(path))[0].replace("|", r"\|")
         lines += [f"| [{path.stem}]({path.name}) | {title} | {counts(c['verdict'] for _, nb, *_ in runs[:1] for c in claims(nb))} | "
-                  + ", ".join(f"[{about['device']}]({name}.ipynb)" for name, _, about, _ in runs) + " |"]
+                  + " · ".join(f"[{label(about, differs)}]({name}.ipynb)" for name, _, about, differs in runs) + " |"]
+        experiment(path, runs, out)
     write(out/"experiments/index.md", "\n".join(lines) + tree(p.name for p in paths))
 
 
@@ -224,23 +229,18 @@ def ledger(root, out, record, titles):
 
 def paper_map(root, out, lines, routines):
     "Every paper with what became of it here."
-    named, claimed, states, body = tags(root), defaultdict(list), Counter(), []
+    claimed, states, body = defaultdict(list), Counter(), []
     for line in lines: claimed[line["system"]].append(line)
     for paper in rows(root):
-        key = str(paper["id"])
-        state = paper["state"] or "works"
+        key, state = paper["id"], paper["state"]
         states[state] += 1
-        places = []
-        for path, name in named.get(paper["id"], []):
-            path = "/".join(Path(path).parts[-2:])
-            places.append(f'<a href="{path.removesuffix(".ipynb")}.html#{routines[path].get(name, "")}">{name}</a>')
-        pages = {line["experiment"]: line["page"].partition("#")[0] for line in reversed(claimed[key])}
-        proofs = [f'<a href="{url}">{name}</a>' for name, url in sorted(pages.items())]
-        if proofs: proofs.append(f'<a href="ledger.html#paper-{key}">{counts(line["verdict"] for line in claimed[key])}</a>')
+        places = [f'<a href="{path.removesuffix(".ipynb")}.html#{routines[path][name]}">{name}</a>' for path, name in paper["routines"]]
+        proofs = [f'<a href="experiments/{name}.html">{name}</a>' for name in paper["experiments"]]
+        if claimed[key]: proofs.append(f'<a href="ledger.html#paper-{key}">{counts(line["verdict"] for line in claimed[key])}</a>')
         body.append(row(f' id="paper-{key}"', f'<td data-order="{key}">paper {key} </td>', escape(paper["title"]), paper["module"], f'<td class="{state}">{state}</td>',
-                        ", ".join(places) + ("<br>" if places and proofs else "") + ", ".join(proofs) or escape(paper["reason"])))
+                        ", ".join(places), ", ".join(proofs), escape(paper["reason"])))
     write(out/"papers.md", "# Paper map\n\nThe papers that the kit is made from, and what became of each: its routine and its claims, or why there is none.\n"
-          + buttons(states) + table(["paper", "title", "module", "state", "where, or why not"], body))
+          + buttons(states) + table(["paper", "title", "module", "state", "routine", "claims", "why not"], body))
 
 
 def data_tables(out):

@@ -24,7 +24,9 @@ html_static_path = [str(Path(__file__).parent/"static")]
 html_css_files = ["style.css"]
 html_favicon = "static/favicon.svg"
 html_copy_source = html_show_sourcelink = False
-html_theme_options = {"use_download_button": False, "use_fullscreen_button": False, "home_page_in_toc": True, "show_navbar_depth": 1, "collapse_navbar": True, "show_toc_level": 1}
+html_theme_options = {"use_download_button": False, "use_fullscreen_button": False, "home_page_in_toc": True, "show_navbar_depth": 1, "collapse_navbar": True, "show_toc_level": 1,
+                      "navbar_persistent": [], "secondary_sidebar_items": {"**": ["page-toc"], "ledger": [], "papers": []}}
+html_context = {"default_mode": "auto"}
 
 
 def visit_math(self, node):
