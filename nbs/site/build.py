@@ -132,8 +132,9 @@ def claims(nb): return [o.data[CLAIM] for c in nb.cells for o in c.get("outputs"
 
 
 def label(about, differs):
-    "A run in a few words: what differs from the default, or where it ran."
-    return "; ".join([about["device"], *(f"{k} = {v}" if len(str(v)) < 40 else f"other {k}" for k, v in differs.items())])
+    "A run in a few words: where it ran, and what differs from the default, its data or model first."
+    first = sorted(differs, key=lambda k: (k != "data", k != "model"))[:1]
+    return about["device"] + "".join(f", {k} = {'/'.join(str(differs[k]).split('/')[-2:])[:40]}" for k in first) + (f" and {len(differs) - 1} more" if len(differs) > 1 else "")
 
 
 def about_run(nb, about, differs, others):
@@ -164,7 +165,7 @@ def experiment(path, runs, out):
         if i: cells[0].source = cells[0].source.replace("\n", f" ({label(about, differs)})\n", 1)
         cells[0].source = re.sub(r"\bsystem (\d+)\b", r'<a href="../papers.html#paper-\1">system \1</a>', cells[0].source)
         cells.insert(1, top)
-        if not i and len(runs) > 1: cells.append(new_markdown_cell(tree(n for n, *_ in runs[1:])))
+        if not i and len(runs) > 1: cells.append(new_markdown_cell(tree(f"{label(a, d)} <{n}>" for n, _, a, d in runs[1:])))
         page(out/"experiments"/f"{name}.ipynb", cells)
     if not runs:
         cells = shown(read(path))
@@ -219,7 +220,7 @@ def ledger(root, out, record, titles):
         if not name: sys.exit(f"results/ledger.csv: got a claim of {line['notebook']}, which is not in results; want a ledger of the record: whatmatters report writes it")
         line["page"] = f"experiments/{name}.html#claim-{number[name]}"
         number[name] += 1
-        body.append(row("" if paper in seen else f' id="paper-{paper}"', f'<a href="papers.html#paper-{paper}">paper {paper}</a> {escape(titles.get(paper, ""))}', escape(line["says"]),
+        body.append(row("" if paper in seen else f' id="paper-{paper}"', f'<td data-order="{paper}"><a href="papers.html#paper-{paper}">paper {paper}</a> {escape(titles.get(paper, ""))}</td>', escape(line["says"]),
                         measured(line), f'<td class="{line["verdict"]}">{line["verdict"]}</td>', f'<a href="{line["page"]}">{name}</a>'))
         seen.add(paper)
     write(out/"ledger.md", "# Ledger\n\nEvery claim that was re-executed: what the paper says, what was measured (mean and interval), and whether the claim holds.\n"
@@ -232,12 +233,12 @@ def paper_map(root, out, lines, routines):
     claimed, states, body = defaultdict(list), Counter(), []
     for line in lines: claimed[line["system"]].append(line)
     for paper in rows(root):
-        key, state = paper["id"], paper["state"]
+        key, state = str(paper["id"]), paper["state"]
         states[state] += 1
         places = [f'<a href="{path.removesuffix(".ipynb")}.html#{routines[path][name]}">{name}</a>' for path, name in paper["routines"]]
         proofs = [f'<a href="experiments/{name}.html">{name}</a>' for name in paper["experiments"]]
         if claimed[key]: proofs.append(f'<a href="ledger.html#paper-{key}">{counts(line["verdict"] for line in claimed[key])}</a>')
-        body.append(row(f' id="paper-{key}"', f'<td data-order="{key}">paper {key} </td>', escape(paper["title"]), paper["module"], f'<td class="{state}">{state}</td>',
+        body.append(row(f' id="paper-{key}"', f'<td data-order="{key}">paper {key} </td>', escape(paper["title"]), f'<td class="module">{paper["module"]}</td>', f'<td class="{state}">{state}</td>',
                         ", ".join(places), ", ".join(proofs), escape(paper["reason"])))
     write(out/"papers.md", "# Paper map\n\nThe papers that the kit is made from, and what became of each: its routine and its claims, or why there is none.\n"
           + buttons(states) + table(["paper", "title", "module", "state", "routine", "claims", "why not"], body))
@@ -264,8 +265,9 @@ def sources(root, out):
     write(out/"benchmarks/index.md", "# Benchmarks\n\nHow fast, how much memory, how many calls, against the peers.\n\n" + "\n".join(f"- [{heading(read(p))[0]}]({p.name})" for p in benchmarks)
           + tree(p.name for p in benchmarks))
     cells = [c for c in shown(read(root/"nbs/index.ipynb")) if c.pop("directive", True)]
-    navigation = tree([f"{v}/index" for v in VERBS], "Chapters") + tree(["experiments/index", "ledger", "papers", "benchmarks/index"], "Record") + tree(["genindex"], "Index")
-    page(out/"index.ipynb", [*cells, new_markdown_cell(navigation)])
+    navigation = tree([*(f"{v}/index" for v in VERBS), "Routines from A to Z <genindex>"], "Chapters") + tree(["experiments/index", "ledger", "papers", "benchmarks/index"], "Record")
+    links = " · ".join(f"[{text}]({name})" for text, name in {"experiments": "experiments/index.md", "ledger of claims": "ledger.md", "paper map": "papers.md", "benchmarks": "benchmarks/index.md"}.items())
+    page(out/"index.ipynb", [cells[0], new_markdown_cell("On this site: " + links), *cells[1:], new_markdown_cell(navigation)])
 
 
 def main(out="_docs"):

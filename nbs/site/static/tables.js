@@ -10,7 +10,7 @@ document.addEventListener("DOMContentLoaded", () => {
   // a link to one paper, as in #paper-138, keeps its rows
   const keep = () => {
     const paper = location.hash.match(/^#paper-(\d+)$/);
-    rows.search(paper ? `paper ${paper[1]} ` : "", {exact: false}).draw();
+    rows.search(paper ? `"paper ${paper[1]} "` : "").draw();
   };
   addEventListener("hashchange", keep);
   if (location.hash) keep();
