@@ -16,7 +16,7 @@ import nbformat
 from nbformat.v4 import new_markdown_cell
 from sphinx.cmd.build import main as sphinx
 
-from api import api, prose
+from api import api
 from papers import rows
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +134,8 @@ def claims(nb): return [o.data[CLAIM] for c in nb.cells for o in c.get("outputs"
 def label(about, differs):
     "A run in a few words: where it ran, and what differs from the default, its data or model first."
     first = sorted(differs, key=lambda k: (k != "data", k != "model"))[:1]
-    return about["device"] + "".join(f", {k} = {'/'.join(str(differs[k]).split('/')[-2:])[:40]}" for k in first) + (f" and {len(differs) - 1} more" if len(differs) > 1 else "")
+    value = lambda v: re.sub(r"[^\w ,./-]", "", "/".join(str(v).split("/")[-2:]))[:40]
+    return about["device"] + "".join(f", {k} = {value(differs[k])}" for k in first) + (f" and {len(differs) - 1} more" if len(differs) > 1 else "")
 
 
 def about_run(nb, about, differs, others):
@@ -217,10 +218,11 @@ def ledger(root, out, record, titles):
     number, seen, body = Counter(), set(), []
     for line in lines:
         name, paper = where.get(line["notebook"]), line["system"]
+        title = escape(titles.get(paper, ""))
         if not name: sys.exit(f"results/ledger.csv: got a claim of {line['notebook']}, which is not in results; want a ledger of the record: whatmatters report writes it")
         line["page"] = f"experiments/{name}.html#claim-{number[name]}"
         number[name] += 1
-        body.append(row("" if paper in seen else f' id="paper-{paper}"', f'<td data-order="{paper}"><a href="papers.html#paper-{paper}">paper {paper}</a> {escape(titles.get(paper, ""))}</td>', escape(line["says"]),
+        body.append(row("" if paper in seen else f' id="paper-{paper}"', f'<td data-order="{paper}" data-search="paper {paper} {title}"><a href="papers.html#paper-{paper}">paper {paper}</a> {title}</td>', escape(line["says"]),
                         measured(line), f'<td class="{line["verdict"]}">{line["verdict"]}</td>', f'<a href="{line["page"]}">{name}</a>'))
         seen.add(paper)
     write(out/"ledger.md", "# Ledger\n\nEvery claim that was re-executed: what the paper says, what was measured (mean and interval), and whether the claim holds.\n"
@@ -238,7 +240,7 @@ def paper_map(root, out, lines, routines):
         places = [f'<a href="{path.removesuffix(".ipynb")}.html#{routines[path][name]}">{name}</a>' for path, name in paper["routines"]]
         proofs = [f'<a href="experiments/{name}.html">{name}</a>' for name in paper["experiments"]]
         if claimed[key]: proofs.append(f'<a href="ledger.html#paper-{key}">{counts(line["verdict"] for line in claimed[key])}</a>')
-        body.append(row(f' id="paper-{key}"', f'<td data-order="{key}">paper {key} </td>', escape(paper["title"]), f'<td class="module">{paper["module"]}</td>', f'<td class="{state}">{state}</td>',
+        body.append(row(f' id="paper-{key}"', f'<td data-order="{key}" data-search="paper {key} ">paper {key} </td>', escape(paper["title"]), f'<td class="module">{paper["module"]}</td>', f'<td class="{state}">{state}</td>',
                         ", ".join(places), ", ".join(proofs), escape(paper["reason"])))
     write(out/"papers.md", "# Paper map\n\nThe papers that the kit is made from, and what became of each: its routine and its claims, or why there is none.\n"
           + buttons(states) + table(["paper", "title", "module", "state", "routine", "claims", "why not"], body))
