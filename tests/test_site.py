@@ -123,7 +123,15 @@ def test_arguments_are_described(pages):
 def test_nothing_is_left_of_the_notebooks(pages):
     for name, page in pages.items():
         words = "".join(page.words)
-        for left in ("#|", ":::", "```", "{py:", "$$", "](", ":param"): assert left not in words, f"{name}: {left} in {words[max(0, words.index(left) - 60):][:160]}"
+        for left in ("#|", ":::", "```", "{py:", "$$", "](", ":param", "\\frac", "\\sum", "\\alpha"): assert left not in words, f"{name}: {left} in {words[max(0, words.index(left) - 60):][:160]}"
+
+
+def test_formulas_are_shown_once(site):
+    for path in (ROOT/"nbs").glob("*/*.ipynb"):
+        prose = [re.sub(r"`[^`]*`", "", "".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
+        formulas = [len(re.findall(r"\$\$.+?\$\$|\$[^$]+\$", text, re.S)) for text in prose]
+        if path.parent.name in ("core", "attribution", "sparsity", "evaluation"):
+            assert (site/path.relative_to(ROOT/"nbs").with_suffix(".html")).read_text(encoding="utf-8").count("<math ") == sum(formulas), path
 
 
 def test_ledger_and_map_are_complete(build, pages):

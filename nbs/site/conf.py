@@ -1,5 +1,6 @@
 "Sphinx reads this; build.py writes what it is about. Nothing here needs the network: no script, font or formula comes from another host."
 from pathlib import Path
+from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 
 project, author = "whatmatters", "the whatmatters developers"
@@ -9,6 +10,7 @@ extensions = ["myst_nb"]
 exclude_patterns = ["**/jupyter_execute"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
+myst_dmath_double_inline = True   # a formula of its own line may stand within a paragraph
 
 suppress_warnings = ["myst.header"]  # a chapter may go from its title to a small heading
 nb_execution_mode = "off"        # the notebooks are committed executed
@@ -34,11 +36,9 @@ def visit_math(self, node):
     block = node.tagname == "math_block"
     html = convert(node.astext(), display="block" if block else "inline")
     self.body.append(f'<div class="formula">{html}</div>' if block else html)
-
-
-def depart_math(self, node): pass
+    raise SkipNode
 
 
 def setup(app):
-    app.add_html_math_renderer("mathml", (visit_math, depart_math), (visit_math, depart_math))
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.config.html_math_renderer = "mathml"
