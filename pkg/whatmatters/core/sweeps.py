@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import NamedTuple
 import nbformat
@@ -84,7 +85,8 @@ def cluster(
     devices = _devices(gpus) if gpus else [None] * (workers or _cores())
     threads = str(max(1, _cores() // len(devices)))
     environment = {k: threads for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    with tempfile.TemporaryDirectory(prefix="whatmatters-") as scratch, dask.config.set({"distributed.scheduler.worker-saturation": 1.}): # no run waits at a worker that may die
+    settings = {"scheduler.worker-saturation": 1., "scheduler.allowed-failures": 1, "worker.daemon": False} # no run waits at a worker that may die; two tries; a run may start processes
+    with tempfile.TemporaryDirectory(prefix="whatmatters-") as scratch, dask.config.set({f"distributed.{k}": v for k, v in settings.items()}):
         spec = {i: {"cls": Nanny, "options": dict(nthreads=1, memory_limit=0, local_directory=scratch, preload=["whatmatters.core.sweeps"], silence_logs=logging.CRITICAL, dashboard_address=None, death_timeout=60,
                     env=environment | ({} if d is None else {"CUDA_VISIBLE_DEVICES": d}))} for i, d in enumerate(devices)}
         local = dict(host="127.0.0.1", dashboard=False, dashboard_address=None)
@@ -111,17 +113,18 @@ def _devices(gpus):
 def dask_setup(
     worker, # of dask, which calls this when it preloads the module
 ):
-    "On every worker of this machine: Ctrl-C, which a terminal sends to all processes, is for the sweep alone."
+    "On every worker of this machine: Ctrl-C, which a terminal sends to all processes, is for the sweep alone, and so is the terminal."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (1, 2): os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 # %% ../../../nbs/core/20_sweeps.ipynb #_work
 _ONE = threading.Lock() # a worker of two threads would mix what two warm runs print
 
-def _work(name, planned, engine, force):
+def _work(planned, engine, force):
     "Execute a planned run on a worker."
     with _ONE:
         try:
-            planned = planned._replace(notebook=find(name))
+            if not planned.notebook.is_absolute(): planned = planned._replace(notebook=folder()/planned.notebook) # the worker's own
             if _code(planned.notebook) != planned.code: return "failed", f"{planned.final.stem} failed: this worker has another version of the package or of the notebook"
             planned.final.parent.mkdir(exist_ok=True)
             return ("ran" if execute(planned, force, engine) else "before"), ""
@@ -137,16 +140,15 @@ def _sees(token): return Path(token).exists(), code_digest(nbformat.v4.new_noteb
 # %% ../../../nbs/core/20_sweeps.ipynb #_drive
 def _drive(client, todo, engine, force, resources):
     "Have all runs executed; yields each with what became of it."
-    ended, flying, waiting, busy, room, looked = queue.SimpleQueue(), {}, list(reversed(todo)), [], 64, time.monotonic()
+    ended, flying, waiting, again, lost, room, looked = queue.SimpleQueue(), {}, list(reversed(todo)), [], set(), 64, time.monotonic()
     try:
-        while flying or waiting or busy:
-            if not flying and not waiting: # only what another sweep is at
+        while flying or waiting or again:
+            if not flying and not waiting: # only what another sweep is at, or what may have waited at a worker that another run has killed
                 time.sleep(1)
-                waiting, busy = busy, []
-            while waiting and len(flying) < room:
-                planned = waiting.pop()
-                name = planned.notebook.stem if planned.notebook.parent == folder() else str(planned.notebook)
-                future = client.submit(_work, name, planned, engine, force, key=f"{planned.final.stem}-{uuid.uuid4().hex}", pure=False, resources=resources)
+                waiting, again = again, []
+            new = [waiting.pop() for _ in range(min(len(waiting), room - len(flying)))]
+            keys = [f"run-{uuid.uuid4().hex}" for _ in new] # of one group: of a large group, dask hands a run to a worker only when it is free
+            for planned, future in zip(new, client.map(_work, list(map(_sent, new)), engine=engine, force=force, key=keys, pure=False, resources=resources) if new else ()):
                 flying[future.key] = planned, future
                 future.add_done_callback(ended.put)
             if time.monotonic() - looked > 5: room, looked = max(64, 4 * len(_workers(client))), time.monotonic()
@@ -154,13 +156,18 @@ def _drive(client, todo, engine, force, resources):
             except queue.Empty: continue
             if future.status == "cancelled": raise ConnectionError
             planned, _ = flying.pop(future.key)
-            state, why = future.result() if future.status == "finished" else ("failed", f"{planned.final.stem} failed: {_lost(future.exception())}")
-            if state == "busy": busy.append(planned)
-            else: yield planned, state, why
+            state, why = future.result() if future.status == "finished" else _lost(future.exception(), planned)
+            if state == "busy" or state == "lost" and planned.final not in lost: again.append(planned)
+            else: yield planned, "failed" if state == "lost" else state, why
+            if state == "lost": lost.add(planned.final)
+    except (CancelledError, OSError) as error: raise ConnectionError from error # what a future says when the scheduler is gone
     finally: client.cancel([f for _, f in flying.values()], force=True) if client.status == "running" else None
 
-def _lost(error):
-    return "the worker was lost each time that it was tried; out of memory?" if type(error).__name__ == "KilledWorker" else f"{type(error).__name__}: {error}"
+def _sent(planned): return planned._replace(notebook=Path(planned.notebook.name)) if planned.notebook.parent == folder() else planned # a worker's package may lie elsewhere
+
+def _lost(error, planned):
+    gone = type(error).__name__ == "KilledWorker"
+    return "lost" if gone else "failed", f"{planned.final.stem} failed: {'the worker was lost each time that it was tried; out of memory?' if gone else f'{type(error).__name__}: {error}'}"
 
 def _workers(client):
     try: return client.scheduler_info(n_workers=-1)["workers"]
