@@ -407,7 +407,7 @@ def _execute(notebook, partial, failed, values, engine, bar, label):
     import papermill
     logging.getLogger("papermill").setLevel(logging.CRITICAL) # it calls parameters of the type `int | None` unknown; what fails is told below
     from whatmatters.core import engines
-    with _bars(bar, label) as on_cell, tempfile.TemporaryDirectory() as place:
+    with _bars(bar, label) as on_cell, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         warm = engine == "warm"
         runner = engines.telling(engines.WarmEngine if warm else papermill.engines.NBClientEngine, on_cell)
         quiet = {} if warm else {"extra_arguments": ["--log-level=CRITICAL"], "config": _sockets(place)} # over TCP a kernel warns at every start
@@ -423,7 +423,8 @@ def _execute(notebook, partial, failed, values, engine, bar, label):
 def _sockets(place):
     "A kernel listens at files of its own: a port that was free when it was chosen may be taken when the kernel has started, where many start at once."
     from traitlets.config import Config
-    return Config() if sys.platform == "win32" else Config(KernelManager={"transport": "ipc", "connection_file": f"{place}/kernel.json"})
+    short = sys.platform != "win32" and len(place) < 80 # as the names of sockets must be
+    return Config(KernelManager={"transport": "ipc", "connection_file": f"{place}/kernel.json"}) if short else Config()
 
 # %% ../../../nbs/core/07_experiments.ipynb #_bars
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import multiprocessing.resource_tracker
 import os
 import queue
 import signal
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 import nbformat
@@ -76,7 +77,7 @@ def cluster(
     import dask
     from distributed import Client, Nanny, Scheduler, SpecCluster
     _check_workers(workers, gpus, scheduler)
-    for name in ("distributed", "tornado"): logging.getLogger(name).setLevel(logging.CRITICAL) # what goes wrong is told by the sweep
+    for name in ("distributed", "distributed.client", "tornado", "tornado.application"): logging.getLogger(name).setLevel(logging.CRITICAL) # what goes wrong is told by the sweep
     if scheduler is not None:
         try: client = Client(scheduler, timeout=patience, set_as_default=False)
         except (OSError, ValueError) as error: _refuse("scheduler", f"{scheduler}, which does not answer ({' '.join(str(error).split())})", "the address of a dask scheduler, such as tcp://10.0.0.1:8786")
@@ -84,14 +85,27 @@ def cluster(
         return
     devices = _devices(gpus) if gpus else [None] * (workers or _cores())
     threads = str(max(1, _cores() // len(devices)))
-    environment = {k: threads for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     settings = {"scheduler.worker-saturation": 1., "scheduler.allowed-failures": 1, "worker.daemon": False} # no run waits at a worker that may die; two tries; a run may start processes
-    with tempfile.TemporaryDirectory(prefix="whatmatters-") as scratch, dask.config.set({f"distributed.{k}": v for k, v in settings.items()}):
-        spec = {i: {"cls": Nanny, "options": dict(nthreads=1, memory_limit=0, local_directory=scratch, preload=["whatmatters.core.sweeps"], silence_logs=logging.CRITICAL, dashboard_address=None, death_timeout=60,
-                    env=environment | ({} if d is None else {"CUDA_VISIBLE_DEVICES": d}))} for i, d in enumerate(devices)}
-        local = dict(host="127.0.0.1", dashboard=False, dashboard_address=None)
-        with SpecCluster(spec, {"cls": Scheduler, "options": local}, silence_logs=logging.CRITICAL) as machine, Client(machine, set_as_default=False) as client:
-            yield client
+    with tempfile.TemporaryDirectory(prefix="whatmatters-", ignore_cleanup_errors=True) as scratch, dask.config.set({"temporary-directory": scratch, **{f"distributed.{k}": v for k, v in settings.items()}}):
+        environment = {"TMPDIR": scratch, **{k: threads for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}} # what a killed worker leaves goes with the cluster
+        local = dict(host="127.0.0.1", dashboard_address="127.0.0.1:0") # nobody else can reach it
+        options = dict(nthreads=1, memory_limit=0, preload=["whatmatters.core.sweeps"], silence_logs=logging.CRITICAL, death_timeout=60, **local)
+        spec = {i: {"cls": Nanny, "options": {**options, "env": environment | ({} if d is None else {"CUDA_VISIBLE_DEVICES": d})}} for i, d in enumerate(devices)}
+        start = functools.partial(SpecCluster, spec, {"cls": Scheduler, "options": dict(dashboard=False, **local)}, silence_logs=logging.CRITICAL)
+        with _started(start) as machine, Client(machine, set_as_default=False) as client: yield client
+
+@contextlib.contextmanager
+def _started(start):
+    "Start in a thread that Ctrl-C does not reach, so that it does not reach the processes that start there either, and close it whenever the interrupt comes."
+    with ThreadPoolExecutor(1, initializer=_deaf) as pool:
+        starting = pool.submit(start)
+        try: yield starting.result()
+        finally: starting.result().close()
+
+def _deaf():
+    if not hasattr(signal, "pthread_sigmask"): return # Windows
+    multiprocessing.resource_tracker.ensure_running() # which would undo the next line if it came later
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 def _check_workers(workers, gpus, scheduler):
     for name, value in (("workers", workers), ("gpus", gpus or None)):
