@@ -71,9 +71,9 @@ class Lab:
     def ends(self): return collections.Counter(int(n) for what, n, *_ in self.lines() if what == "end")
 
     def running(self):
-        "Numbers that have started last and not ended, with the process that they are in."
+        "Numbers that have started and not ended, with the process that they are in."
         last = {int(number): (what, int(pid)) for what, number, pid, _ in self.lines()}
-        return {number: pid for number, (what, pid) in last.items() if what == "start"}
+        return {number: pid for number, (what, pid) in last.items() if what == "start" and psutil.pid_exists(pid)}
 
     def finished(self):
         "Numbers of the notebooks that carry a finished name; each must be whole."
@@ -209,19 +209,24 @@ def test_two_sweeps_on_one_folder_execute_each_run_once(lab):
 
 # the sweep itself is told to end, or dies
 def test_interrupted_ended_and_killed_sweeps_leave_no_process_and_go_on(lab):
-    arguments = lab.arguments(range(6), "--workers", "2", sleep=1.)
-    done = 0
-    for send in (lambda p: os.killpg(p.pid, signal.SIGINT), lambda p: p.terminate(), lambda p: p.kill()):
-        process = lab.start(*arguments)
-        until(lambda: sum(lab.ends().values()) > done and lab.running(), 90)
+    arguments = lambda *options: lab.arguments(range(8), "--workers", "2", *options, sleep=1.)
+    done = []
+    for options, send in (([], lambda p: os.killpg(p.pid, signal.SIGINT)), (["--warm"], lambda p: p.terminate()), ([], lambda p: p.kill())):
+        process = lab.start(*arguments(*options))
+        until(lambda: len(lab.finished()) > len(done) and lab.running(), 120)
         send(process)
         code, out, err = ended(process)
         until(lambda: not lab.alive(), 20)
-        done = len(lab.finished())
-        if code != -signal.SIGKILL: assert code == 130 and err == f"whatmatters: interrupted: {done} of 6 runs are finished; the same command goes on with the others\n" and not list((lab.place/"scratch").iterdir())
-    assert 0 < done < 6
-    code, out, err = ended(lab.start(*arguments), 120)
-    assert code == 0 and f"{6 - done} executed, {done} finished before, 0 failed" in out and err == "" and lab.finished() == list(range(6))
+        assert set(done) < set(lab.finished())
+        done = lab.finished()
+        if code == -signal.SIGKILL: continue
+        assert code == 130 and err == f"whatmatters: interrupted: {len(done)} of 8 runs are finished; the same command goes on with the others\n"
+        assert not list((lab.place/"scratch").iterdir())
+    before = {p: p.stat().st_mtime_ns for p in lab.out.glob("*/*.ipynb") if not p.name.endswith(".partial.ipynb")}
+    assert len(before) == len(done) < 8
+    code, out, err = ended(lab.start(*arguments("--warm")), 120)
+    assert code == 0 and f"{8 - len(done)} executed, {len(done)} finished before, 0 failed" in out and err == "" and lab.finished() == list(range(8))
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items()) and not list(lab.out.glob("*/*.partial.ipynb"))
 
 
 def test_an_interrupt_while_the_cluster_starts_is_one_line(lab):

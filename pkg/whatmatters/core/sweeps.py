@@ -6,6 +6,7 @@
 __all__ = ['read_grid', 'plans', 'cluster', 'dask_setup', 'Swept', 'sweep']
 
 # %% ../../../nbs/core/20_sweeps.ipynb #imports
+import asyncio
 import contextlib
 import functools
 import itertools
@@ -100,7 +101,14 @@ def _started(start):
     with ThreadPoolExecutor(1, initializer=_deaf) as pool:
         starting = pool.submit(start)
         try: yield starting.result()
-        finally: starting.result().close()
+        finally:
+            machine = starting.result()
+            machine.sync(_end, machine.workers.values())
+            machine.close()
+
+async def _end(nannies):
+    "Workers have nothing to lose: one that is at a run is not waited for."
+    await asyncio.gather(*(n.close(timeout=1) for n in nannies), return_exceptions=True)
 
 def _deaf():
     if not hasattr(signal, "pthread_sigmask"): return # Windows
