@@ -1,6 +1,7 @@
 "What a sweep must survive, each on a real cluster of processes on this machine."
 import collections
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -13,8 +14,9 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+import yaml
 from whatmatters.core import experiments, ledger
-from whatmatters.core.cli import main
+from whatmatters.core.cli import _parser, main
 from whatmatters.core.sweeps import cluster, plans, sweep
 
 BIN = Path(sys.executable).parent
@@ -342,3 +344,35 @@ def test_dask_knows_few_runs_at_a_time_and_forgets_them(lab, two):
 def test_all_experiments_can_be_planned(preset, tmp_path):
     runs = plans("all", preset=preset, out=tmp_path)
     assert [p.notebook.stem for p in runs] == experiments.names() and len({p.final for p in runs}) == len(runs) and not list(tmp_path.iterdir())
+
+
+# past one machine
+CLUSTERS = Path(__file__).parent.parent/"nbs"/"clusters"
+
+@pytest.mark.parametrize("name, has", [("slurm", ["#SBATCH --gres=gpu:1", "#SBATCH --cpus-per-task=8", "#SBATCH --mem=60G"]), ("pbs", ["#PBS -l select=1:ncpus=8:mem=32gb", "#PBS -j oe"])])
+def test_a_job_of_a_batch_system_is_one_worker_with_one_run_that_ends_with_its_scheduler(name, has):
+    pytest.importorskip("dask_jobqueue")
+    with runpy.run_path(str(CLUSTERS/f"{name}.py"))["workers"]() as machine: script = machine.job_script()
+    assert all(line in script for line in [*has, "export OMP_NUM_THREADS=8"])
+    assert all(option in script for option in ("-m distributed.cli.dask_worker tcp://", "--nthreads 1", "--nanny", "--death-timeout 60")) and "--nworkers" not in script
+
+
+def test_the_cluster_on_kubernetes_is_what_the_operator_takes():
+    volume, machine, job = yaml.safe_load_all((CLUSTERS/"kubernetes.yaml").read_text())
+    assert (machine["apiVersion"], machine["kind"]) == ("kubernetes.dask.org/v1", "DaskCluster") and set(machine["spec"]) == {"worker", "scheduler"}
+    assert set(machine["spec"]["worker"]) == {"replicas", "spec"} and set(machine["spec"]["scheduler"]) == {"spec", "service"}
+    worker, = machine["spec"]["worker"]["spec"]["containers"]
+    scheduler, = machine["spec"]["scheduler"]["spec"]["containers"]
+    (sweeping,), service = job["spec"]["template"]["spec"]["containers"], machine["spec"]["scheduler"]["service"]
+    assert worker["args"] == ["dask-worker", "--name", "$(DASK_WORKER_NAME)", "--nthreads", "1", "--death-timeout", "60", "--no-dashboard"] and scheduler["args"] == ["dask-scheduler"]
+    assert worker["image"] == scheduler["image"] == sweeping["image"] and service["selector"] == {"dask.org/cluster-name": machine["metadata"]["name"], "dask.org/component": "scheduler"}
+    assert {p["targetPort"] for p in service["ports"]} == {p["name"] for p in scheduler["ports"]}
+    for pod, container in ((machine["spec"]["worker"]["spec"], worker), (job["spec"]["template"]["spec"], sweeping)): # one volume, at one place
+        assert container["volumeMounts"] == [{"name": "sweeps", "mountPath": "/sweeps"}] and pod["volumes"] == [{"name": "sweeps", "persistentVolumeClaim": {"claimName": volume["metadata"]["name"]}}]
+    assert volume["spec"]["accessModes"] == ["ReadWriteMany"]
+    options = _parser().parse_args(sweeping["args"][1:])
+    assert options.out.startswith("/sweeps/") and options.scheduler == f"tcp://{machine['metadata']['name']}-scheduler:{service['ports'][0]['port']}"
+
+
+def test_the_example_grid_can_be_planned(tmp_path):
+    assert len(plans("roar", CLUSTERS/"grid.yaml", "smoke", out=tmp_path)) == 6
