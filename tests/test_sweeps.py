@@ -125,7 +125,8 @@ def test_the_run_of_a_killed_worker_is_repeated_and_no_other(engine, lab, two):
     thread.join()
     (number, pid), = killed
     assert len(found.ran) == 4 and not found.failed and lab.finished() == [0, 1, 2, 3]
-    assert lab.starts() == {n: 2 if n == number else 1 for n in range(4)} and lab.ends() == {n: 1 for n in range(4)}
+    assert lab.starts() == {n: 2 if n == number else 1 for n in range(4)}
+    assert all(lab.ends()[n] == 1 or engine == "kernel" and n == number for n in range(4)) # an orphaned kernel lives for a second, but writes no notebook
     assert not list(lab.out.glob("*/*.partial.ipynb")) and not psutil.pid_exists(pid) # an orphaned kernel ends too
 
 
