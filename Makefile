@@ -10,19 +10,25 @@ run: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal tests
 
+# a workspace beside your own, laid out anew at every start; LAB="--no-browser --port 9000" hands on options
+lab: export JUPYTERLAB_WORKSPACES_DIR := .venv/workspaces
 lab: .venv/ready
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter labextension disable @jupyterlab/apputils-extension:announcements
+	$(BIN)/jupyter lab workspaces import nbs/lab.json
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/workspaces/whatmatters $(LAB)
 
-# after editing a notebook: the package, its requirements and the README follow
+# after editing a notebook, or a new record: the package, its requirements and the README with its figures follow
 export: .venv/ready
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_requirements --path pkg
+	$(BIN)/jupyter nbconvert --log-level ERROR --execute --to notebook --inplace nbs/index.ipynb
+	$(BIN)/nbdev_clean --fname nbs/index.ipynb
 	$(MAKE) readme
 
 README := README.md
 readme:
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags hide nbs/index.ipynb \
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags hide --TagRemovePreprocessor.remove_input_tags remove-input nbs/index.ipynb \
 		| sed 's#\](\([a-z]*/[^)]*\.ipynb\))#](nbs/\1)#g' > $(README)
 
 .venv/ready: constraints.txt pkg/pyproject.toml pkg/requirements.txt

@@ -1,5 +1,4 @@
 "Experiments at smoke size, in a warm engine; the runner and what it leaves behind."
-import json
 import signal
 import subprocess
 import sys
@@ -96,7 +95,7 @@ BAD = {
     "broken list": (["run", "roar", "-p", "ratios", "[0.1"], "ratios: got '[0.1' (str); want list[float]"),
     "list": (["run", "roar", "-p", "ratios", "0.5"], "ratios: got 0.5 (float); want list[float]"),
     "data": (["run", "roar", "-p", "data", "./nowhere"], "data: got './nowhere', which is no folder; want one of digits"),
-    "report": (["report", "./nowhere"], "out: got ./nowhere, which is no folder"),
+    "report": (["report", "./nowhere"], "folder: got ./nowhere, which is no folder"),
     "twice": (["run", "roar", "-p", "seeds", "1", "-p", "seeds", "2"], "-p: got seeds seeds; want each parameter once"),
 }
 
@@ -152,7 +151,7 @@ def test_the_report_is_one_page_without_network(tmp_path):
     (tmp_path/"half.partial.ipynb").write_text("{")
     (tmp_path/"other.ipynb").write_text("not a notebook")
     page = ledger.report(tmp_path)
-    text, found = page.read_text(), json.loads((tmp_path/"ledger.json").read_text())
+    text, found = page.read_text(), ledger.read_ledger(tmp_path/"ledger.csv")
     assert len(found) == 7 and all(c["verdict"] == "inconclusive" and c["notebook"].endswith(".ipynb") for c in found)
     assert "http" not in text and "<script" not in text and 'src="data:image/png;base64,' in text and found[0]["says"] in text
-    assert {p.suffix for p in tmp_path.iterdir()} == {".ipynb", ".json", ".html"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".ipynb", ".csv", ".html"}

@@ -57,9 +57,11 @@ def _parser():
         command.add_argument("--out", default=out, metavar="DIR", help=f"folder of executed notebooks and the report (default: {out})")
         command.add_argument("--force", action="store_true", help="repeat what is finished")
         command.add_argument("--warm", action="store_true", help="run inside the process that is there, without a kernel for each run")
-    report = commands.add_parser("report", help="write the report of a folder of executed notebooks")
-    report.add_argument("dir", metavar="DIR")
-    report.set_defaults(call=lambda o: print(f"report: {ledger.report(o.dir)}"))
+    report = commands.add_parser("report", help="write the report and the ledger of folders of executed notebooks")
+    report.add_argument("dir", metavar="DIR", nargs="+")
+    report.add_argument("--out", metavar="DIR", help="folder of the report and the ledger (default: the first)")
+    report.add_argument("--mixed", action="store_true", help="put runs of different versions of whatmatters on one page, which says so")
+    report.set_defaults(call=lambda o: print(f"report: {ledger.report(o.dir, o.out, o.mixed)}"))
     return parser
 
 # %% ../../../nbs/core/08_cli.ipynb #_list
@@ -89,20 +91,23 @@ def _given(options):
     return given
 
 def _run(options):
-    path, ran = experiments.run(options.name, options.preset, _given(options), options.out, options.force, "warm" if options.warm else "kernel", typed=True, bar=True)
+    given = _given(options)
+    ledger.refuse_newer(options.out)
+    path, ran = experiments.run(options.name, options.preset, given, options.out, options.force, "warm" if options.warm else "kernel", typed=True, bar=True)
     print(f"executed: {path}" if ran else f"finished before with the same parameters and code (--force repeats it): {path}")
     for c in ledger.read_run(path).claims: print(f"  [{c['verdict']}] {c['says']}")
-    print(f"report:   {ledger.report(options.out)}")
+    print(f"report:   {ledger.report(options.out, mixed=True)}")
 
 # %% ../../../nbs/core/08_cli.ipynb #_sweep
 def _sweep(options):
     from whatmatters.core import sweeps
     runs = sweeps.plans(options.name, options.grid, options.preset, _given(options), options.out, typed=True)
+    ledger.refuse_newer(options.out)
     with sweeps.cluster(options.workers, options.gpus, options.scheduler) as client, _sweep_bar(len(runs), client) as tell:
         found = sweeps.sweep(runs, client, "warm" if options.warm else "kernel", options.force, tell=tell)
     print(f"{len(found.ran)} executed, {len(found.before)} finished before, {len(found.failed)} failed, in {found.seconds:.0f} s")
     for _, why in found.failed: print(f"  {why}")
-    print(f"report:   {ledger.report(options.out)}")
+    print(f"report:   {ledger.report(options.out, mixed=True)}")
     return 1 if found.failed else 0
 
 @contextlib.contextmanager

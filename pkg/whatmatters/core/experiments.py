@@ -10,6 +10,7 @@ __all__ = ['PACKAGE', 'FEWEST', 'CLAIM', 'RECORD', 'COLOURS', 'folder', 'names',
 
 # %% ../../../nbs/core/07_experiments.ipynb #a80232d4
 import ast
+import base64
 import contextlib
 import difflib
 import functools
@@ -291,6 +292,7 @@ def code_digest(
 class RunFailed(Exception):
     "An experiment that did not reach its end; the message says where and why."
 
+# %% ../../../nbs/core/07_experiments.ipynb #Busy
 class Busy(RunFailed):
     "A run that another process is executing."
 
@@ -320,7 +322,7 @@ def record_of(
 )->dict:
     "The record in a finished notebook; empty when there is none."
     try: return json.loads(Path(path).read_text())["metadata"].get("whatmatters", {})
-    except (OSError, ValueError, LookupError): return {}
+    except (OSError, ValueError, LookupError, TypeError): return {}
 
 # %% ../../../nbs/core/07_experiments.ipynb #finished
 def finished(
@@ -368,6 +370,7 @@ def execute(
                                             seconds=round(time.monotonic() - began, 1), engine=engine, **shown)
         done.metadata.get("papermill", {}).update(input_path=planned.notebook.name, output_path=final.name) # no folder of this machine
         _without_folders(done)
+        _light(done)
         write(final, nbformat.writes(done))
         partial.unlink()
     return True
@@ -394,6 +397,18 @@ def _without_folders(notebook):
     "Warnings name the file that they come from, in a folder of this machine, which is cut off."
     for output in (o for cell in notebook.cells for o in cell.get("outputs", []) if o.output_type == "stream"):
         output.text = re.sub(r"(?:[A-Za-z]:)?[\\/](?:[\w.+ -]+[\\/])+(?=site-packages[\\/]|ipykernel_\d|pkg[\\/]whatmatters)", "", output.text)
+
+# %% ../../../nbs/core/07_experiments.ipynb #light
+def _light(notebook, limit=100_000):
+    "Pictures of more than `limit` bytes get 256 colours, which are seldom seen to differ, and, where that is not enough, fewer pixels."
+    from PIL import Image
+    for data in (o.data for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})):
+        picture, heavy = None, base64.b64decode(data["image/png"])
+        while len(heavy) > limit:
+            picture = Image.open(io.BytesIO(heavy)).convert("RGB") if picture is None else picture.resize((picture.width * 4 // 5, picture.height * 4 // 5))
+            picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(file := io.BytesIO(), "PNG", optimize=True) # of Pillow's ways the one that keeps every hue
+            heavy = file.getvalue()
+        if picture: data["image/png"] = base64.b64encode(heavy).decode()
 
 # %% ../../../nbs/core/07_experiments.ipynb #_writable
 def _writable(out):
