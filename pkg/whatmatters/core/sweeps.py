@@ -160,9 +160,14 @@ def _code(notebook): return code_digest(nbformat.read(notebook, 4))
 def _sees(token): return Path(token).exists(), code_digest(nbformat.v4.new_notebook())
 
 # %% ../../../nbs/core/20_sweeps.ipynb #_drive
+PATIENCE = 60 # seconds without a worker after which a sweep on this machine ends
+
+class _Gone(Exception): "Nobody is there who would execute the runs."
+
 def _drive(client, todo, engine, force, resources):
     "Have all runs executed; yields each with what became of it."
-    ended, flying, waiting, again, lost, room, looked = queue.SimpleQueue(), {}, list(reversed(todo)), [], set(), 64, time.monotonic()
+    ended, flying, waiting, again, lost, room = queue.SimpleQueue(), {}, list(reversed(todo)), [], set(), 64
+    looked = seen = time.monotonic() # at the workers; and some
     try:
         while flying or waiting or again:
             if not flying and not waiting: # only what another sweep is at, or what may have waited at a worker that another run has killed
@@ -173,16 +178,19 @@ def _drive(client, todo, engine, force, resources):
             for planned, future in zip(new, client.map(_work, list(map(_sent, new)), engine=engine, force=force, key=keys, pure=False, resources=resources) if new else ()):
                 flying[future.key] = planned, future
                 future.add_done_callback(ended.put)
-            if time.monotonic() - looked > 5: room, looked = max(64, 4 * len(_workers(client))), time.monotonic()
+            if time.monotonic() - looked > 5:
+                looked, workers = time.monotonic(), len(_workers(client))
+                room, seen = max(64, 4 * workers), looked if workers or client.cluster is None else seen # to a cluster that is joined, workers may come at any time
+                if looked - seen > PATIENCE: raise _Gone("no worker starts any more")
             try: future = ended.get(timeout=.5)
             except queue.Empty: continue
-            if future.status == "cancelled": raise ConnectionError
+            if future.status == "cancelled": raise _Gone("the scheduler went away")
             planned, _ = flying.pop(future.key)
             state, why = future.result() if future.status == "finished" else _lost(future.exception(), planned)
             if state == "busy" or state == "lost" and planned.final not in lost: again.append(planned)
             else: yield planned, "failed" if state == "lost" else state, why
             if state == "lost": lost.add(planned.final)
-    except (CancelledError, OSError) as error: raise ConnectionError from error # what a future says when the scheduler is gone
+    except (CancelledError, OSError) as error: raise _Gone("the scheduler went away") from error
     finally: client.cancel([f for _, f in flying.values()], force=True) if client.status == "running" else None
 
 def _sent(planned): return planned._replace(notebook=Path(planned.notebook.name)) if planned.notebook.parent == folder() else planned # a worker's package may lie elsewhere
@@ -210,7 +218,7 @@ def sweep(
     engine:str="kernel",      # "kernel": a process for each run; "warm": the worker's own, which saves the start and suits small runs
     force:bool=False,         # repeat finished runs
     resources:dict|None=None, # of dask, that a run needs of its worker, such as {"GPU": 1}
-    tell=None,                # called as (plan, state, why, done, of how many) when a run is "ran", "before" or "failed"
+    tell=None,                # called as (plan, state, why, done, of how many) when a run is "ran" or "failed", or "before": at the start once for all that are
 )->Swept:
     "Execute the runs that are not finished. A failed run does not stop the others; the runs at a lost worker start again at another."
     if engine not in ("kernel", "warm"): _refuse("engine", repr(engine), '"kernel" or "warm"')
@@ -219,14 +227,15 @@ def sweep(
     todo = []
     for p in runs: (done["before"] if not force and finished(p) else todo).append(p)
     count = lambda: sum(map(len, done.values()))
+    if tell and done["before"]: tell(done["before"][-1], "before", "", count(), len(runs)) # once for all of these
     try:
         for planned, state, why in _drive(client, todo, engine, force, resources):
             done[state].append((planned, why) if state == "failed" else planned)
             if tell: tell(planned, state, why, count(), len(runs))
-    except (KeyboardInterrupt, ConnectionError) as error:
+    except (KeyboardInterrupt, _Gone) as error:
         kept = f"{len(done['ran']) + len(done['before'])} of {len(runs)} runs are finished; the same command goes on with the others"
         if isinstance(error, KeyboardInterrupt): raise KeyboardInterrupt(f"interrupted: {kept}") from None
-        raise RunFailed(f"the scheduler went away: {kept}") from None
+        raise RunFailed(f"{error}: {kept}") from None
     return Swept(**done, seconds=time.monotonic() - began)
 
 # %% ../../../nbs/core/20_sweeps.ipynb #_check_workers_see
