@@ -1,14 +1,18 @@
-# make run · make test · make lab: each sets up .venv first when it is missing or its pins have changed.
+# make run · make test · make docs · make lab: each sets up .venv first when it is missing or its pins have changed.
 PYTHON ?= python3
 BIN := .venv/bin
 DEV := $(foreach r,$(shell sed -n 's/^dev_requirements *= *//p' settings.ini),'$(r)')
 
-.PHONY: run test lab export readme
+.PHONY: run test docs lab export readme
 run: .venv/ready
 	$(BIN)/whatmatters run roar
 
 test: .venv/ready
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal tests
+
+# the site, without network: chapters, experiments, ledger, papers
+docs: .venv/ready
+	$(BIN)/python nbs/site/build.py _docs
 
 # a workspace beside your own, laid out anew at every start; LAB="--no-browser --port 9000" hands on options
 lab: export JUPYTERLAB_WORKSPACES_DIR := .venv/workspaces

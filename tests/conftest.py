@@ -32,3 +32,17 @@ def blobs():
     import torch  # late: the number of its threads is set above
     y = torch.arange(150) % 3
     return torch.randn(150, 6, generator=torch.Generator().manual_seed(0)) + 3 * torch.eye(6)[y], y
+
+
+@pytest.fixture
+def peak():
+    "The most bytes of tensors that were alive at once while a function ran, beyond those before it."
+    from torch.profiler import ProfilerActivity, profile
+    def most(work):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: work()
+        now, highest = 0, 0
+        for event in sorted((e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            highest = max(highest, now)
+        return highest
+    return most

@@ -152,7 +152,7 @@ def test_bad_input_changes_nothing():
                           (lambda: F.subset_fidelity(m, torch.ones(4)), "kept: got torch.float32"), (lambda: F.subset_fidelity(m * 0, torch.ones(4).bool()), "add up to nothing"), (lambda: F.best_subset(m, 5), "k: got 5"),
                           (lambda: F.compensate(network, groups, {"no": torch.ones(2).bool()}, [IDS]), "kept: got 'no'"), (lambda: F.compensate(network, groups, {}, [IDS], "magic"), "how: got 'magic'"),
                           (lambda: F.fidelities(network, groups, []), "batches: got none"), (lambda: F.unlearn(network, groups, [IDS], [IDS], 1.), "ratio: got 1.0"), (lambda: F.two_stage(network, [], .5), "batches: got none"),
-                          (lambda: F.two_stage(network, [IDS], 1.), "sparsity: got 1.0"), (lambda: F.two_stage(network, [IDS], .9, alpha=0.), "would have to go"), (lambda: F.two_stage(network, [IDS], .5, loss=lambda n, b: n(b).logits.sum() * torch.nan), "judge: got a loss of nan"),
+                          (lambda: F.two_stage(network, [IDS], 1.), "sparsity: got 1.0"), (lambda: F.two_stage(network, [IDS], "half"), "sparsity: got 'half'"), (lambda: F.two_stage(network, [IDS], .9, alpha=0.), "would have to go"), (lambda: F.two_stage(network, [IDS], .5, loss=lambda n, b: n(b).logits.sum() * torch.nan), "judge: got a loss of nan"),
                           (lambda: F.two_stage(BertModel(BertConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"})).eval(), [IDS], .3), "groups of feed-forward neurons|normalises")):
         with pytest.raises(ValueError, match=message): call()
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), before.values()))

@@ -217,6 +217,16 @@ def test_what_it_costs():
     for h in handles: h.remove()
 
 
+@pytest.mark.parametrize("options", [{}, dict(sequential=True), dict(importance="norm")], ids=str)
+def test_memory_does_not_grow_with_the_number_of_blocks(options, peak):
+    found = {}
+    for layers in (1, 4):
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": layers})).eval()
+        found[layers] = peak(lambda: quantise(network, 4, "gptq", [IDS, IDS], **options))
+    assert found[4] < 1.1 * found[1]
+
+
 def test_importance_leaves_padding_out():
     padded, mask = torch.cat([IDS, torch.full((6, 4), 7)], 1), torch.cat([torch.ones(6, 12), torch.zeros(6, 4)], 1).long()
     for kind in ("attention", "norm"):

@@ -162,6 +162,19 @@ def test_a_network_of_convolutions_linear_layers_and_experts():
             assert not torch.equal(v.matrix, before[name])
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_memory_is_that_of_one_block_and_of_the_masks(peak, sequential):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    found, ids = {}, torch.randint(40, (16, 16), generator=torch.Generator().manual_seed(0))
+    for layers in (1, 4):
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=64, intermediate_size=176, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1)).eval()
+        found[layers] = peak(lambda: prune_sparsegpt(network, ids.split(4), .5, sequential=sequential, block=16))
+    block, second, hidden = sum(w.matrix.numel() for n, w in weights_of(network).items() if ".0." in n), 4 * (3 * 64 ** 2 + 176 ** 2), 4 * 64 * ids.numel()
+    assert found[4] - found[1] < 3.1 * block  # a mask takes a byte per weight; of what else a block needs nothing stays
+    assert found[1] < block + hidden + 3 * second
+
+
 def test_a_budget_for_each_layer_and_one_forward_pass():
     torch.manual_seed(0)
     network, calls = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.ReLU(), torch.nn.Linear(12, 12)).eval(), []
@@ -170,3 +183,19 @@ def test_a_budget_for_each_layer_and_one_forward_pass():
     assert [int(m.sum()) for m in masks.values()] == [90, 36] and len(calls) == 6
     with pytest.warns(UserWarning, match="batches: 3 rows for the 1[02] inputs of [02].weight"): prune_sparsegpt(network, [torch.randn(3, 10)], .7)
     with pytest.raises(ValueError, match="sparsity: got 1.5"): prune_sparsegpt(network, [torch.randn(30, 10)], {"0.weight": 1.5, "2.weight": 0})
+
+
+def test_what_a_network_must_not_be_asked_leaves_it_as_it_was():
+    def make():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, 8)).eval()
+    x = [torch.randn(60, 16, generator=torch.Generator().manual_seed(1))]
+    half = make()
+    prune_sparsegpt(half, x, pattern="2:4")
+    for network, options, message in ((make(), dict(batches=[]), "batches: got none"), (make(), dict(batches=[x[0][:0]]), "batches: got a Tensor without a tensor that has rows"), (make(), dict(sparsity=.999), "sparsity: got 0.999, which leaves nothing of 0.weight, 2.weight; want less"),
+                                      (make(), dict(batches=[torch.full((60, 16), torch.nan)]), "batches: got NaN or infinite activations at the input of 0.weight"), (half, dict(pattern="2:4"), "network: got one already pruned to 50.0%; want one that does not have the pattern 2:4"),
+                                      (half, dict(sparsity=.5), "network: got one already pruned to 50.0%; want a sparsity above that, not 0.5"), (make(), dict(pattern="2:5"), "pattern: got m=5 for 16 inputs")):
+        before = [p.clone() for p in network.parameters()]
+        with pytest.raises(ValueError, match=message): prune_sparsegpt(network, **{"batches": x, **options})
+        assert all(torch.equal(a, b) for a, b in zip(before, network.parameters())), options
+    assert prune_sparsegpt(make(), x, .999, allow_empty=True).removed == 1 and prune_sparsegpt(half, x, pattern="1:4").removed == .75

@@ -208,7 +208,31 @@ def test_nothing_changes_when_a_network_is_refused():
     with pytest.raises(ValueError, match="names among linear1"): T.set_sparsity(attention, {"linear3": .5})
     with pytest.raises(ValueError, match="sparsity: got 1"): T.set_sparsity(attention, 1.)
     with pytest.raises(ValueError, match="batches: got none"): T.train_sparse(attention, [], loss, .5)
-    with pytest.raises(ValueError, match="final: got 1.5"): T.train_sparse(attention, [0], loss, 1.5)
+    for bad in (1.5, "half", None):
+        with pytest.raises(ValueError, match=f"final: got {bad}"): T.train_sparse(attention, [0], loss, bad)
+    with pytest.raises(ValueError, match="sparsity: got 'half'"): T.straight_through(torch.ones(2, 2), "half")
+    recurrent = nn.Sequential(nn.LSTM(3, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="network: got 0, a LSTM, for whose weight_ih_l0 there is no rule"): T.sparsify(recurrent)
+    assert list(T.sparsify(recurrent, skip="0")) == ["1"] and list(T.sparsify(nn.Sequential(nn.Embedding(5, 3), nn.LayerNorm(3), nn.Linear(3, 2)))) == ["2"]
+
+
+def test_layers_are_made_sparse_in_two_goes_and_experts_are_refused():
+    from transformers import MixtralConfig, MixtralModel
+    network = fresh()
+    assert list(T.sparsify(network, "movement", skip="2")) == ["0"] and list(T.sparsify(network, "pst", skip="0")) == ["2"]
+    experts = MixtralModel(MixtralConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2))
+    with pytest.raises(ValueError, match="network: got layers.0.mlp.experts, a MixtralExperts, for whose gate_up_proj there is no rule"): T.sparsify(experts)
+
+
+def test_a_training_that_fails_leaves_the_parameters_and_the_mode(data):
+    network, steps = fresh().eval(), []
+    T.sparsify(network, "movement")
+    T.set_sparsity(network, .25)
+    before = {n: p.clone() for n, p in network.named_parameters()}
+    def fails(network, batch): return loss(network, batch) * (torch.nan if steps.append(1) or len(steps) == 4 else 1)
+    with pytest.raises(ValueError, match="loss: got nan at step 3"): T.train_sparse(network, batches(data, 8), fails, .5)
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in network.named_parameters()) and not network.training
+    assert {s.sparsity for s in T.sparse_weights(network).values()} == {.25}
 
 
 def test_trained_parameters_by_hand():

@@ -9,6 +9,7 @@ __all__ = ['WANT', 'Weight', 'weights_of', 'coverage', 'listen', 'Statistics', '
 # %% ../../../nbs/core/15_calibration.ipynb #75759047
 import contextlib
 import inspect
+import tempfile
 import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -205,7 +206,9 @@ def listen(
 ):                 # the listener: `leader` maps each weight to the one whose input it shares, `run(network, batch)` calls the network, `owners` (N,) numbers the sequences of the rows being heard
     "While the block runs, every product with one of the weights is reported, in single precision, without padding and without gradients."
     listener = _Listener(weights, on_input, on_call)
-    with listener, _every_module_runs(): yield listener
+    try:
+        with listener, _every_module_runs(): yield listener
+    finally: listener.on_input = listener.on_call = None # they hold the statistics and, in turn, the listener
 
 # %% ../../../nbs/core/15_calibration.ipynb #348dcc78
 def _batches(batches):
@@ -382,6 +385,7 @@ def gradients(
         for one in (row for batch in _batches(batches) for row in _one_by_one(batch)):
             value = loss(network, one)
             if not isinstance(value, Tensor) or value.numel() != 1: refuse("loss", f"a {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}", "one number for one row")
+            if not value.isfinite(): refuse("loss", f"{value.item()} of a row", "a finite number; of the next token there is none without two tokens")
             for p, g in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True)):
                 if g is None: continue
                 g = g.float()
@@ -432,7 +436,6 @@ def _run_block(block, hidden, rest):
 def _enter(network, batches, chain):
     "Hidden states of every batch at the first block, and what else each block is given with each batch."
     starts, rests, blocks, real = [], [], [b for _, b in chain], None
-    class Stop(BaseException): pass
     def through(batch, first):
         calls, expected = [], [None]
         def record(i, block):
@@ -472,12 +475,13 @@ def walk(
     sequential:bool=False, # whether later blocks see what the caller has made of the earlier ones
     chain=None,      # name of the list of blocks; None: as `chain_of` finds it
 ):                   # generator of (name, module, statistics of the weights in it); the weights may be changed before the next is asked for
-    """Statistics block by block, in the order of the forward pass. Memory: those of one block, and the hidden states of all batches.
+    """Statistics block by block, in the order of the forward pass. Memory: those of one block, if the caller lets go of them before the next, and the hidden states of all batches.
 
     Cost: one forward pass per row; two when `sequential`, and where blocks return tuples; one more of the whole network for weights outside the blocks, which come last, under the name "".
     A network without a chain of blocks is one block."""
     weights, batches, blocks = weights_of(network) if weights is None else weights, list(_batches(batches)), chain_of(network, chain)
     if not batches: refuse("batches", "none", "at least one")
+    for batch in batches: _first(batch)
     inside = {name: {n: w for n, w in weights.items() if n.startswith(name + ".")} for name, _ in blocks}
     if any(inside.values()):
         with torch.no_grad(), _calibrating(network): hidden, rests = _enter(network, batches, blocks)
@@ -485,6 +489,7 @@ def walk(
             with torch.no_grad(), _calibrating(network):
                 statistics = _walk_block(block, hidden, rests, i, batches, inside[name], want, keep=not sequential)
             if inside[name]: yield name, block, statistics
+            del statistics # before those of the next block are gathered
             if sequential and i + 1 < len(blocks):
                 with torch.no_grad(), _calibrating(network): _walk_block(block, hidden, rests, i, batches, {}, want, keep=True)
     outside = {n: w for n, w in weights.items() if not any(n in names for names in inside.values())}
@@ -541,11 +546,14 @@ def hidden_cosines(
 def restoring(
     weights, # name -> `Weight`, or a network: all its parameters
 ):
-    "If the block raises, the parameters are what they were; a copy of them is kept on the CPU meanwhile."
+    "If the block raises, the parameters are what they were; meanwhile a copy of them lies in a temporary file, which takes no memory (the variable TMPDIR says where)."
     parameters = list(weights.parameters()) if isinstance(weights, nn.Module) else list({id(w.parameter): w.parameter for w in weights.values()}.values())
-    copies = [p.detach().to("cpu", copy=True) for p in parameters]
-    try: yield
-    except BaseException:
-        with torch.no_grad():
-            for p, old in zip(parameters, copies): p.copy_(old)
-        raise
+    parameters = [p for p in parameters if p.numel()]
+    with tempfile.TemporaryFile() as kept:
+        for p in parameters: kept.write(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        try: yield
+        except BaseException:
+            kept.seek(0)
+            with torch.no_grad():
+                for p in parameters: p.copy_(torch.frombuffer(bytearray(kept.read(p.nbytes)), dtype=p.dtype).view(p.shape))
+            raise

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.calibration import _batches, calibrate, chain_of, next_token_loss, weights_of
 from ..core.keep import count_of, top
 from ..core.values import check_count, check_finite, refuse
+from .weights import check_sparsity
 from .structure import NoAttention, Units, attention_of, neuron_norms, remove_attention, shrink, units
 from .structure import _check_attention, _check_groups, _kept, _replace
 
@@ -178,7 +179,7 @@ def attention_budget(
     rest:int=0,       # other parameters of a block
 )->tuple:             # attention modules that go, and the share of every feed-forward network that goes
     "How 2SSP splits a sparsity between its stages (arXiv:2501.17771, equation 5). At most as many modules as the sparsity pays for; refused where the neurons cannot make up the rest. No model calls."
-    if not 0 <= sparsity < 1: refuse("sparsity", sparsity, "a share in [0, 1)")
+    check_sparsity(sparsity)
     if alpha < 0: refuse("alpha", alpha, "a number >= 0")
     for name, value in (("blocks", blocks), ("ffn", ffn), ("attention", attention)): check_count(name, value)
     gone = sparsity * blocks * (ffn + attention + rest)

@@ -100,6 +100,7 @@ def dpruner_scores(
         if grouped := [name for name, s in statistics.items() if s.second.ndim == 3]: refuse("weights", f"the grouped convolution {grouped[0]}", "weights whose rows have one input in common, or its name in skip= of weights_of")
         factors = {id(s): obs_factor(s.second / max(s.rows, 1), damp) for s in statistics.values()}
         importance |= {name: obs_importance(weights[name].matrix, s.second / max(s.rows, 1), damp, factors[id(s)]) for name, s in statistics.items()}
+        del statistics, factors # before those of the next block are gathered
     mean, square = (gradients(network, domain, loss, weights, power) for power in (0, 2))
     rows = sum(len(_first(batch)) for batch in domain)
     return {name: dpruner(w.matrix, importance[name], mean[name] / rows, square[name] / rows, **how) for name, w in weights.items()}

@@ -323,7 +323,9 @@ class _Weighing:
 def _seconds(network, batches, weights, sequential, importance, chain):
     "Second moments of one block after the other: dicts name -> (in, in), the same object where inputs are shared."
     if importance is None:
-        for _, _, statistics in walk(network, batches, ("second",), weights, sequential, chain): yield {name: s.second for name, s in statistics.items()}
+        for _, _, statistics in walk(network, batches, ("second",), weights, sequential, chain):
+            yield {name: s.second for name, s in statistics.items()}
+            del statistics # before those of the next block are gathered
         return
     batches, blocks = list(_batches(batches)), chain_of(network, chain)
     inside = {n: w for n, w in weights.items() if any(n.startswith(f"{name}.") for name, _ in blocks)}
@@ -369,7 +371,9 @@ def _solver(method, group, symmetric, damp):
     if method == "rtn": return lambda matrix, second, bits, cache: round_to_nearest(matrix, bits, group, symmetric)
     def solve(matrix, second, bits, cache):
         if second.ndim == 3: return torch.cat([gptq(m, s, bits, group, symmetric, damp) for m, s in zip(matrix.chunk(len(second)), second)]) # the groups of a convolution
-        if id(second) not in cache: cache[id(second)] = obs_factor(second, damp)
+        if id(second) not in cache: # weights with the same input share its factor; one at a time is in memory
+            cache.clear()
+            cache[id(second)] = obs_factor(second, damp)
         return gptq(matrix, second, bits, group, symmetric, factor=cache[id(second)])
     return solve
 
@@ -416,7 +420,9 @@ def quantise(
     with torch.no_grad(), restoring(weights), _eager(network) if importance == "attention" or callable(importance) and hasattr(network, "set_attn_implementation") else contextlib.nullcontext():
         if batches is None or method == "rtn": apply(dict.fromkeys(weights))
         else:
-            for seconds in _seconds(network, batches, weights, sequential, seen, chain): apply(seconds)
+            for seconds in _seconds(network, batches, weights, sequential, seen, chain):
+                apply(seconds)
+                del seconds # before those of the next block are gathered
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     before = size(w.matrix for w in weights.values())
     return Quantised(per, before, after, sum(w.matrix.numel() for w in weights.values()), size(network.parameters()) - before, coverage(network, weights))

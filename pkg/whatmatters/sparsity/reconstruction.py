@@ -29,15 +29,18 @@ def obs_factor(
     if (diagonal < 0).any(): refuse("second", f"{int((diagonal < 0).sum())} negative diagonal entries", "a sum of x x^T")
     dead, n = diagonal == 0, len(second)
     mean = diagonal.sum() / (~dead).sum() if not dead.all() else torch.ones_like(diagonal[0])
-    add = torch.where(dead, mean, 0.)
+    add, turned = torch.where(dead, mean, 0.), second.flip(0, 1) # of the matrix with its order reversed: turned round again, the inverse of the lower factor is the upper factor of the inverse
     for attempt in range(8):
-        # of the matrix with its order reversed: turned round again, the inverse of the lower factor is the upper factor of the inverse
-        lower, failed = torch.linalg.cholesky_ex((second + torch.diag(add + damp * mean)).flip(0, 1))
+        turned.diagonal().copy_((diagonal + (add + damp * mean)).flip(0))
+        lower, failed = torch.linalg.cholesky_ex(turned)
         if not failed: break
         warnings.warn(f"second: no Cholesky factor with damp={damp:g}; tried again with {max(10 * damp, 1e-4):g}", stacklevel=2)
         damp = max(10 * damp, 1e-4)
     else: refuse("second", "a matrix that is far from positive semi-definite", "a sum of x x^T")
-    return torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype, device=lower.device), upper=False).flip(0, 1)
+    inverse = torch.eye(n, dtype=lower.dtype, device=lower.device, out=turned).T
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.flip(0, 1)
 
 # %% ../../../nbs/sparsity/02_reconstruction.ipynb #reconstruct
 LEAF = 16 # columns below which losses are passed on one by one
@@ -54,7 +57,7 @@ def reconstruct(
     if factor.shape != (n, n): refuse("factor", f"shape {tuple(factor.shape)}", f"({n}, {n}), as the weights have {n} inputs")
     check_finite("weight", weight), check_count("group", group)
     U = factor.to(weight.device, torch.promote_types(torch.promote_types(weight.dtype, factor.dtype), torch.float32))
-    W = weight.detach().to(U.dtype).T.contiguous().clone() # a column of the layer lies in one piece
+    W = weight.detach().to(U.dtype).T.clone(memory_format=torch.contiguous_format) # a column of the layer lies in one piece
     lost, ahead, diagonal = torch.empty_like(W), U.T.contiguous(), U.diagonal()
     steps = diagonal.tolist()
     def carry(low, middle, high): W[middle:high].addmm_(ahead[middle:high, low:middle], lost[low:middle], alpha=-1)
@@ -73,6 +76,7 @@ def reconstruct(
         middle = low + -(-(high - low) // group) // 2 * group
         groups(low, middle), carry(low, middle, high), groups(middle, high)
     with torch.no_grad(): groups(0, n)
+    columns = groups = None # functions that call themselves are freed late, and with them the matrices that they see
     return W.T.to(weight.dtype).contiguous()
 
 # %% ../../../nbs/sparsity/02_reconstruction.ipynb #output_error
@@ -168,27 +172,45 @@ def prune_sparsegpt(
     weights:dict|None=None,    # name -> `core.calibration.Weight`; None: all of the network
     block:int=128,             # columns over which the share is exact
     damp:float=.01,            # as for `obs_factor`
+    allow_empty:bool=False,    # whether a layer may lose all of its weights
     progress=None,             # called with (weight matrices done, of how many)
 )->Pruned:                     # masks, sparsity by weight, coverage; `.hold()` for training on
     """Prune a network with SparseGPT (Frantar & Alistarh 2023, arXiv:2301.00774). If anything fails, the weights are what they were.
 
-    Cost: one forward pass of each row, two when `sequential`, and for each input width one factorisation; memory as for `core.calibration.walk`, and a copy of the weights on the CPU. A network without a list of blocks is one block."""
+    Cost: one forward pass of each row, two when `sequential`, and for each input width one factorisation; memory as for `core.calibration.walk`, a factor for the widest input and the masks, a byte per weight; a copy of the weights in a temporary file. A network without a list of blocks is one block."""
     weights, masks = weights_of(network) if weights is None else weights, {}
     if isinstance(sparsity, dict) and set(sparsity) != set(weights): refuse("sparsity", f"a dict of {len(sparsity)} names", f"a share for each of the {len(weights)} weights, and for no other")
     for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_sparsity(s)
     zeros, total = sum(int((w.matrix == 0).sum()) for w in weights.values()), sum(w.matrix.numel() for w in weights.values())
     aim = sum(sparsity[n] * w.matrix.numel() for n, w in weights.items()) / total if isinstance(sparsity, dict) else sparsity
-    if pattern is None and zeros and zeros >= aim * total > 0: refuse("network", f"one already pruned to {zeros / total:.1%}", f"a sparsity above that, not {aim:g}")
+    fits = pattern is not None and all(_fits(w.matrix, pattern) for w in weights.values())
+    if fits or pattern is None and zeros and zeros >= aim * total > 0: refuse("network", f"one already pruned to {zeros / total:.1%}", f"one that does not have the pattern {pattern} yet" if fits else f"a sparsity above that, not {aim:g}")
     with restoring(weights):
         for _, _, statistics in walk(network, batches, ("second",), weights, sequential):
-            factors = {} # of inputs, by the object that weights with the same input share
+            last = None
             for name, s in statistics.items():
-                if id(s) not in factors and 0 < s.rows < s.second.shape[-1]: warnings.warn(f"batches: {s.rows} rows for the {s.second.shape[-1]} inputs of {name}; the damping decides where they say nothing", stacklevel=2)
                 each = s.second if s.second.ndim == 3 else s.second[None] # of the groups of a convolution
-                if id(s) not in factors: factors[id(s)] = [obs_factor(h, damp) for h in each]
-                parts = [sparsegpt(w, h, sparsity[name] if isinstance(sparsity, dict) else sparsity, pattern, block, damp, f)
-                         for w, h, f in zip(weights[name].matrix.chunk(len(each)), each, factors[id(s)])]
-                new, masks[name] = (torch.cat(p) for p in zip(*parts))
-                weights[name].matrix.copy_(new)
+                if s is not last: # weights with the same input share its factor
+                    if 0 < s.rows < each.shape[-1]: warnings.warn(f"batches: {s.rows} rows for the {each.shape[-1]} inputs of {name}; the damping decides where they say nothing", stacklevel=2)
+                    factors = None # one at a time is in memory
+                    factors, last = [obs_factor(h, damp) for h in each], s
+                masks[name] = _in_place(weights[name].matrix, each, factors, sparsity[name] if isinstance(sparsity, dict) else sparsity, pattern, block, damp)
                 if progress: progress(len(masks), len(weights))
+            del statistics, s, last, each, factors # before those of the next block are gathered
+        empty = [n for n, m in masks.items() if m.numel() and not m.any()]
+        if empty and not allow_empty: refuse("sparsity", f"{aim:g}, which leaves nothing of {', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}", "less, or allow_empty=True")
     return Pruned(weights, masks, coverage(network, weights))
+
+def _fits(matrix, pattern):
+    "Whether a matrix has at most n weights in every m neighbours already."
+    kind, (n, m), _ = _pattern(pattern, None)
+    return kind == ":" and matrix.shape[1] % m == 0 and bool(((matrix != 0).unflatten(1, (-1, m)).sum(-1) <= n).all())
+
+def _in_place(matrix, seconds, factors, *how):
+    "Prune a matrix, that of a convolution group by group; what stays."
+    masks = []
+    for part, second, factor in zip(matrix.chunk(len(seconds)), seconds, factors):
+        new, mask = sparsegpt(part, second, *how, factor)
+        part.copy_(new)
+        masks.append(mask)
+    return torch.cat(masks)

@@ -15,7 +15,9 @@ from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from ..core.ensemble import Ensemble, _initial, train_ensemble
 from ..core.keep import count_of, top
+from ..core.calibration import _kind_of, restoring
 from ..core.values import check_count, check_finite, normal_like, refuse, seeded
+from .weights import check_sparsity
 
 # %% ../../../nbs/sparsity/04_training.ipynb #cubic_schedule
 def cubic_schedule(
@@ -28,7 +30,7 @@ def cubic_schedule(
 )->float:             # sparsity at this step
     "Gradual pruning by a cubic schedule (Zhu and Gupta 2017, arXiv:1710.01878), with a plateau before and after."
     for name, s in ("final", final), ("initial", initial):
-        if not 0 <= s < 1: refuse(name, s, "a sparsity in [0, 1)")
+        if not isinstance(s, (int, float)) or not 0 <= s < 1: refuse(name, s, "a sparsity in [0, 1)")
     check_count("steps", steps), check_count("step", step, 0)
     if step > steps: refuse("step", step, f"at most steps={steps}")
     if before < 0 or after < 0 or before + after >= 1: refuse("before, after", f"{before}, {after}", "shares of the steps that leave some between them")
@@ -42,8 +44,7 @@ def straight_through(
     per:str="tensor",   # which share of the whole "tensor" or of each "row"
 )->Tensor:              # 1 where kept and 0 elsewhere, in the scores' dtype; its gradient goes to the scores unchanged
     "The mask of the highest scores, with a straight-through gradient (Bengio et al. 2013, arXiv:1308.3432)."
-    if not 0 <= sparsity < 1: refuse("sparsity", sparsity, "a share in [0, 1)")
-    mask = top(scores.detach(), ratio=1 - sparsity, per=per).to(scores.dtype)
+    mask = top(scores.detach(), ratio=1 - check_sparsity(sparsity), per=per).to(scores.dtype)
     return mask + (scores - scores.detach()) # plus exactly zero
 
 # %% ../../../nbs/sparsity/04_training.ipynb #SparseWeight
@@ -124,7 +125,8 @@ def sparsify(
 def _layers(network, skip):
     "Layers with a weight to prune, by name: linear, convolutional, and the transposed linear ones of GPT-2."
     kinds = nn.Linear, nn.modules.conv._ConvNd
-    found = {n: m for n, m in network.named_modules() if (isinstance(m, kinds) or type(m).__name__ == "Conv1D") and not any(fnmatch(n, s) for s in skip)}
+    skipped = lambda name: any(fnmatch(name, s) for s in skip)
+    found = {n: m for n, m in network.named_modules() if (isinstance(m, kinds) or type(m).__name__ == "Conv1D") and not skipped(n)}
     if not found: refuse("network", f"a {type(network).__name__} without linear or convolutional layers{' but those to skip' if skip else ''}", "at least one")
     owners = {}
     for name, module in network.named_modules():
@@ -135,6 +137,11 @@ def _layers(network, skip):
         if len(owners[layer.weight]) > 1: refuse("network", f"{name}, whose weight is tied to {', '.join(o for o in owners[layer.weight] if o != name)}", "it in skip=, or weights of their own")
         if isinstance(layer, nn.Linear) and type(layer).__name__ == "NonDynamicallyQuantizableLinear": refuse("network", f"{name} of a MultiheadAttention, which reads its weight in its own way", "it in skip=")
         check_finite(f"weight of {name}", layer.weight.detach())
+    for name, module in network.named_modules(): # what else has matrices
+        above = [".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 2)]
+        if any(a in found or skipped(a) for a in above): continue
+        for leaf, p in module._parameters.items():
+            if p is not None and p.ndim > 1 and _kind_of(module, leaf, p) in (False, "expert"): refuse("network", f"{name or 'itself'}, a {type(module).__name__}, for whose {leaf} there is no rule", "layers that are linear or convolutions, or its name in skip=")
     return found
 
 # %% ../../../nbs/sparsity/04_training.ipynb #sparse_weights
@@ -155,7 +162,7 @@ def set_sparsity(
     wanted = sparsity if isinstance(sparsity, dict) else dict.fromkeys(found, sparsity)
     for name, s in wanted.items():
         if name not in found: refuse("sparsity", repr(name), f"names among {', '.join(found)}")
-        if not 0 <= s < 1: refuse("sparsity", s, "a share in [0, 1)")
+        check_sparsity(s)
     for name, s in wanted.items(): found[name].sparsity = float(s)
     return network
 
@@ -191,25 +198,28 @@ def train_sparse(
     after:float=.3,    # share of the steps at the final sparsity
     progress=None,     # called with (steps done, of how many)
 )->Tensor:             # loss of every step, (steps,)
-    "Train a network while its sparsity rises to `final` by `cubic_schedule`. One forward and one backward pass per batch, all in training mode."
+    "Train a network while its sparsity rises to `final` by `cubic_schedule`. One forward and one backward pass per batch, all in training mode; an error leaves the parameters as they were."
     batches, losses, training = list(batches), [], network.training
     if not batches: refuse("batches", "none", "one per step")
-    cubic_schedule(0, len(batches), final, initial, before, after), sparse_weights(network)
-    parameters = [p for p in network.parameters() if p.requires_grad]
+    cubic_schedule(0, len(batches), final, initial, before, after)
+    parameters, was = [p for p in network.parameters() if p.requires_grad], {n: s.sparsity for n, s in sparse_weights(network).items()}
     stepper = optimizer(parameters)
-    network.train()
-    for i, batch in enumerate(batches):
-        set_sparsity(network, cubic_schedule(i, len(batches), final, initial, before, after))
-        value = loss(network, batch)
-        if not value.isfinite(): refuse("loss", f"{value.item()} at step {i}", "a finite number")
+    try:
+        with restoring(network.train()):
+            for i, batch in enumerate(batches):
+                set_sparsity(network, cubic_schedule(i, len(batches), final, initial, before, after))
+                value = loss(network, batch)
+                if not value.isfinite(): refuse("loss", f"{value.item()} at step {i}", "a finite number")
+                stepper.zero_grad()
+                value.backward()
+                stepper.step()
+                losses.append(value.detach())
+                if progress: progress(i + 1, len(batches))
+        was = final
+    finally:
         stepper.zero_grad()
-        value.backward()
-        stepper.step()
-        losses.append(value.detach())
-        if progress: progress(i + 1, len(batches))
-    stepper.zero_grad()
-    set_sparsity(network, final)
-    network.train(training)
+        set_sparsity(network, was)
+        network.train(training)
     return torch.stack(losses)
 
 # %% ../../../nbs/sparsity/04_training.ipynb #finalise

@@ -412,7 +412,7 @@ def prune(
 )->Pruned:                 # masks, sparsity by weight, coverage; `.hold()` for training on
     """Set the weights to zero that matter least. Zeros save neither time nor memory by themselves: see the end of the chapter.
 
-    Cost: none, one forward pass or one forward and backward pass per calibration row, by the score; `sequential`: two forward passes, and a copy of the weights on the CPU meanwhile. Memory beside the network: a mask (one byte
+    Cost: none, one forward pass or one forward and backward pass per calibration row, by the score; `sequential`: two forward passes, and a copy of the weights in a temporary file meanwhile. Memory beside the network: a mask (one byte
     per weight), statistics, and the scores of one layer at a time, or of all with an allocation that compares them over the model."""
     kind, sizes, sparsity = _pattern(pattern, sparsity)
     weights = weights_of(network) if weights is None else weights
@@ -431,8 +431,8 @@ def prune(
             if sequential: statistics |= found
             masks |= {n: _mask(weights[n], alive[n] < weights[n].matrix.numel(), scores(n), shares[n], kind, sizes, per) for n in found}
             if sequential: Pruned({n: weights[n] for n in found}, {n: masks[n] for n in found}, "").apply()
-        removed = sum(alive[n] - int(m.sum()) for n, m in masks.items())
-        if sparsity and not removed and sum(alive.values()) < total: refuse("network", f"one already pruned to {1 - sum(alive.values()) / total:.1%}", f"a sparsity above that, not {sparsity:g}")
+        removed, gone = sum(alive[n] - int(m.sum()) for n, m in masks.items()), total - sum(alive.values())
+        if sparsity and gone and (not removed or kind != ":" and gone >= sum((1 - shares[n]) * w.matrix.numel() for n, w in weights.items())): refuse("network", f"one already pruned to {gone / total:.1%}", f"a sparsity above that, not {sparsity:g}")
         empty = [n for n, m in masks.items() if alive[n] and not m.any()]
         if empty and not allow_empty: refuse("sparsity", f"{sparsity:g}, which leaves nothing of {', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}", "less, another allocation, or allow_empty=True")
     return Pruned(weights, {n: masks[n] for n in weights}, coverage(network, weights)).apply()
