@@ -186,9 +186,8 @@ def test_a_scheduler_that_goes_away_and_the_same_command_goes_on(lab):
         process = lab.start(*lab.arguments(range(4), "--warm", "--scheduler", address, sleep=1.))
         until(lambda: sum(lab.ends().values()) == 1 and lab.running(), 90)
         scheduler.kill()
-        began = time.monotonic()
         code, out, err = ended(process)
-        assert code == 1 and err == "whatmatters: the scheduler went away: 1 of 4 runs are finished; the same command goes on with the others\n" and time.monotonic() - began < 40
+        assert code == 1 and err == "whatmatters: the scheduler went away: 1 of 4 runs are finished; the same command goes on with the others\n"
         worker.wait(60)
         until(lambda: not lab.alive())
     finally:
