@@ -227,6 +227,11 @@ def test_memory_does_not_grow_with_the_number_of_blocks(options, peak):
     assert found[4] < 1.1 * found[1]
 
 
+def test_too_few_rows_are_said_once_for_each_input():
+    with pytest.warns(UserWarning, match="batches: 12 rows for the (24|40) inputs of model.layers") as said: quantise(llama(), 4, "gptq", [IDS[:1]])
+    assert [str(w.message).rpartition(" inputs of ")[2].split(";")[0].split("layers.")[1] for w in said if "rows for the" in str(w.message)] == [f"{i}.{n}.weight" for i in (0, 1) for n in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")]
+
+
 def test_importance_leaves_padding_out():
     padded, mask = torch.cat([IDS, torch.full((6, 4), 7)], 1), torch.cat([torch.ones(6, 12), torch.zeros(6, 4)], 1).long()
     for kind in ("attention", "norm"):

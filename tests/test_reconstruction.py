@@ -194,7 +194,7 @@ def test_what_a_network_must_not_be_asked_leaves_it_as_it_was():
     prune_sparsegpt(half, x, pattern="2:4")
     for network, options, message in ((make(), dict(batches=[]), "batches: got none"), (make(), dict(batches=[x[0][:0]]), "batches: got a Tensor without a tensor that has rows"), (make(), dict(sparsity=.999), "sparsity: got 0.999, which leaves nothing of 0.weight, 2.weight; want less"),
                                       (make(), dict(batches=[torch.full((60, 16), torch.nan)]), "batches: got NaN or infinite activations at the input of 0.weight"), (half, dict(pattern="2:4"), "network: got one already pruned to 50.0%; want one that does not have the pattern 2:4"),
-                                      (half, dict(sparsity=.5), "network: got one already pruned to 50.0%; want a sparsity above that, not 0.5"), (make(), dict(pattern="2:5"), "pattern: got m=5 for 16 inputs")):
+                                      (half, dict(sparsity=.5), "network: got one already pruned to 50.0%; want a sparsity above that, not 0.5"), (make(), dict(pattern="2:5"), "pattern: got m=5 for 16 inputs"), (make(), dict(weights={}, pattern="2:4"), "weights: got none")):
         before = [p.clone() for p in network.parameters()]
         with pytest.raises(ValueError, match=message): prune_sparsegpt(network, **{"batches": x, **options})
         assert all(torch.equal(a, b) for a, b in zip(before, network.parameters())), options

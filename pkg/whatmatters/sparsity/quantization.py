@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad as _pad
 from ..core.calibration import _batches, calibrate, chain_of, coverage, hidden_cosines, listen, restoring, walk, weights_of
 from ..core.values import check_count, check_finite, refuse
-from .reconstruction import obs_factor, reconstruct
+from .reconstruction import _warn_of_few, obs_factor, reconstruct
 
 # %% ../../../nbs/sparsity/11_quantization.ipynb #_check_quantisable
 def _check_quantisable(weight, bits, group):
@@ -324,6 +324,7 @@ def _seconds(network, batches, weights, sequential, importance, chain):
     "Second moments of one block after the other: dicts name -> (in, in), the same object where inputs are shared."
     if importance is None:
         for _, _, statistics in walk(network, batches, ("second",), weights, sequential, chain):
+            _warn_of_few(statistics)
             yield {name: s.second for name, s in statistics.items()}
             del statistics # before those of the next block are gathered
         return

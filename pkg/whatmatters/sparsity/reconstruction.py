@@ -162,6 +162,28 @@ def sparsegpt(
         return lambda column, j: column.masked_fill(goes[j], 0)
     return reconstruct(weight, factor, plan, pattern[1] if pattern else block), mask
 
+# %% ../../../nbs/sparsity/02_reconstruction.ipynb #_in_place
+def _warn_of_few(statistics):
+    "Fewer rows than inputs leave directions of which nothing is known; said once where inputs are shared."
+    said = set()
+    for name, s in statistics.items():
+        if id(s) not in said and 0 < s.rows < s.second.shape[-1]: warnings.warn(f"batches: {s.rows} rows for the {s.second.shape[-1]} inputs of {name}; the damping decides where they say nothing", stacklevel=3)
+        said.add(id(s))
+
+def _fits(matrix, pattern):
+    "Whether a matrix has at most n weights in every m neighbours already."
+    kind, (n, m), _ = _pattern(pattern, None)
+    return kind == ":" and matrix.shape[1] % m == 0 and bool(((matrix != 0).unflatten(1, (-1, m)).sum(-1) <= n).all())
+
+def _in_place(matrix, seconds, factors, *how):
+    "Prune a matrix, that of a convolution group by group; what stays."
+    masks = []
+    for part, second, factor in zip(matrix.chunk(len(seconds)), seconds, factors):
+        new, mask = sparsegpt(part, second, *how, factor)
+        part.copy_(new)
+        masks.append(mask)
+    return torch.cat(masks)
+
 # %% ../../../nbs/sparsity/02_reconstruction.ipynb #prune_sparsegpt
 def prune_sparsegpt(
     network,                   # a module in evaluation mode; changed in place
@@ -179,6 +201,7 @@ def prune_sparsegpt(
 
     Cost: one forward pass of each row, two when `sequential`, and for each input width one factorisation; memory as for `core.calibration.walk`, a factor for the widest input and the masks, a byte per weight; a copy of the weights in a temporary file. A network without a list of blocks is one block."""
     weights, masks = weights_of(network) if weights is None else weights, {}
+    if not weights: refuse("weights", "none", "at least one weight matrix to prune")
     if isinstance(sparsity, dict) and set(sparsity) != set(weights): refuse("sparsity", f"a dict of {len(sparsity)} names", f"a share for each of the {len(weights)} weights, and for no other")
     for s in sparsity.values() if isinstance(sparsity, dict) else [sparsity]: check_sparsity(s)
     zeros, total = sum(int((w.matrix == 0).sum()) for w in weights.values()), sum(w.matrix.numel() for w in weights.values())
@@ -187,11 +210,11 @@ def prune_sparsegpt(
     if fits or pattern is None and zeros and zeros >= aim * total > 0: refuse("network", f"one already pruned to {zeros / total:.1%}", f"one that does not have the pattern {pattern} yet" if fits else f"a sparsity above that, not {aim:g}")
     with restoring(weights):
         for _, _, statistics in walk(network, batches, ("second",), weights, sequential):
+            _warn_of_few(statistics)
             last = None
             for name, s in statistics.items():
                 each = s.second if s.second.ndim == 3 else s.second[None] # of the groups of a convolution
                 if s is not last: # weights with the same input share its factor
-                    if 0 < s.rows < each.shape[-1]: warnings.warn(f"batches: {s.rows} rows for the {each.shape[-1]} inputs of {name}; the damping decides where they say nothing", stacklevel=2)
                     factors = None # one at a time is in memory
                     factors, last = [obs_factor(h, damp) for h in each], s
                 masks[name] = _in_place(weights[name].matrix, each, factors, sparsity[name] if isinstance(sparsity, dict) else sparsity, pattern, block, damp)
@@ -200,17 +223,3 @@ def prune_sparsegpt(
         empty = [n for n, m in masks.items() if m.numel() and not m.any()]
         if empty and not allow_empty: refuse("sparsity", f"{aim:g}, which leaves nothing of {', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}", "less, or allow_empty=True")
     return Pruned(weights, masks, coverage(network, weights))
-
-def _fits(matrix, pattern):
-    "Whether a matrix has at most n weights in every m neighbours already."
-    kind, (n, m), _ = _pattern(pattern, None)
-    return kind == ":" and matrix.shape[1] % m == 0 and bool(((matrix != 0).unflatten(1, (-1, m)).sum(-1) <= n).all())
-
-def _in_place(matrix, seconds, factors, *how):
-    "Prune a matrix, that of a convolution group by group; what stays."
-    masks = []
-    for part, second, factor in zip(matrix.chunk(len(seconds)), seconds, factors):
-        new, mask = sparsegpt(part, second, *how, factor)
-        part.copy_(new)
-        masks.append(mask)
-    return torch.cat(masks)
