@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 import nbformat
 from . import experiments, ledger
 
@@ -103,23 +104,28 @@ def _sweep(options):
     from whatmatters.core import sweeps
     runs = sweeps.plans(options.name, options.grid, options.preset, _given(options), options.out, typed=True)
     ledger.refuse_newer(options.out)
-    with sweeps.cluster(options.workers, options.gpus, options.scheduler) as client, _sweep_bar(len(runs), client) as tell:
+    grid = sweeps.read_grid(options.grid) if options.grid else ()
+    named = lambda planned, why: "".join(f"{k} {planned.parameters[k]}: " for k in grid) + why
+    with sweeps.cluster(options.workers, options.gpus, options.scheduler) as client, _sweep_bar(len(runs), named) as tell:
         found = sweeps.sweep(runs, client, "warm" if options.warm else "kernel", options.force, tell=tell)
     print(f"{len(found.ran)} executed, {len(found.before)} finished before, {len(found.failed)} failed, in {found.seconds:.0f} s")
-    for _, why in found.failed: print(f"  {why}")
+    for failed in found.failed: print(f"  {named(*failed)}")
     print(f"report:   {ledger.report(options.out, mixed=True)}")
     return 1 if found.failed else 0
 
 @contextlib.contextmanager
-def _sweep_bar(total, client):
+def _sweep_bar(total, named):
     "A bar with counts and rates; yields what to call when a run ends."
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.text import Text
     began, count = time.monotonic(), {"ran": 0, "before": 0, "failed": 0}
-    with Progress(TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[says]}"), TimeElapsedColumn(), TimeRemainingColumn()) as bar:
+    with Progress(TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[says]}")) as bar:
         task = bar.add_task("runs", total=total, says="")
         def tell(planned, state, why, done, total):
             count[state] += 1
-            if why: bar.console.print(why, markup=False, style="red")
-            rate = count["ran"] / (time.monotonic() - began)
-            bar.update(task, completed=done, says=f"{rate:.1f} a second" + (f" · {count['failed']} failed" if count["failed"] else ""))
+            if why: bar.console.print(Text(named(planned, why), "red"), soft_wrap=True)
+            rate = (count["ran"] + count["failed"]) / (time.monotonic() - began) # of this start alone
+            pace = f"{rate:.1f} a second" if rate > 1 else f"{60 * rate:.1f} a minute" if rate else ""
+            left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate and done < total else ""
+            bar.update(task, completed=done, says=pace + left + (f", {count['failed']} failed" if count["failed"] else ""))
         yield tell

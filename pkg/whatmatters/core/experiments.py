@@ -238,8 +238,9 @@ def write(
         with os.fdopen(handle, "wb") as file: file.write(data.encode() if isinstance(data, str) else data)
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(name)
+        if isinstance(error, OSError): error.filename = error.filename or str(path) # a full disk does not say which file
         raise
 
 # %% ../../../nbs/core/07_experiments.ipynb #record
@@ -419,12 +420,12 @@ def _writable(out):
 def _execute(notebook, partial, failed, values, engine, bar, label):
     import logging
     import papermill
-    logging.getLogger("papermill").setLevel(logging.ERROR) # it does not know `int | None` and calls such parameters unknown
+    logging.getLogger("papermill").setLevel(logging.CRITICAL) # it calls parameters of the type `int | None` unknown; what fails is told below
     from whatmatters.core import engines
-    with _bars(bar, label) as on_cell:
+    with _bars(bar, label) as on_cell, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         warm = engine == "warm"
         runner = engines.telling(engines.WarmEngine if warm else papermill.engines.NBClientEngine, on_cell)
-        quiet = {} if warm else {"extra_arguments": ["--log-level=CRITICAL"]} # a kernel warns at every start that TCP is not encrypted
+        quiet = {} if warm else {"extra_arguments": ["--log-level=CRITICAL"], "config": _sockets(place)} # over TCP a kernel warns at every start
         papermill.engines.papermill_engines.register("whatmatters", runner)
         try: return papermill.execute_notebook(notebook, str(partial), values, engine_name="whatmatters", kernel_name="python3", progress_bar=False, **quiet)
         except (Exception, KeyboardInterrupt) as error:
@@ -433,6 +434,12 @@ def _execute(notebook, partial, failed, values, engine, bar, label):
             kept = f"; what it did so far is in {failed}" if partial.exists() else ""
             if partial.exists(): os.replace(partial, failed)
             raise RunFailed(f"{label} failed: {'' if kind == 'ValueError' else kind + ': '}{said.splitlines()[0] if said else ''}{kept}") from error
+
+def _sockets(place):
+    "A kernel listens at files of its own: a port that was free when it was chosen may be taken when the kernel has started, where many start at once."
+    from traitlets.config import Config
+    short = sys.platform != "win32" and len(place) < 80 # as the names of sockets must be
+    return Config(KernelManager={"transport": "ipc", "connection_file": f"{place}/kernel.json"}) if short else Config()
 
 # %% ../../../nbs/core/07_experiments.ipynb #_bars
 @contextlib.contextmanager

@@ -6,10 +6,12 @@
 __all__ = ['read_grid', 'plans', 'cluster', 'dask_setup', 'Swept', 'sweep']
 
 # %% ../../../nbs/core/20_sweeps.ipynb #imports
+import asyncio
 import contextlib
 import functools
 import itertools
 import logging
+import multiprocessing.resource_tracker
 import os
 import queue
 import signal
@@ -17,6 +19,7 @@ import tempfile
 import threading
 import time
 import uuid
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 import nbformat
@@ -75,7 +78,7 @@ def cluster(
     import dask
     from distributed import Client, Nanny, Scheduler, SpecCluster
     _check_workers(workers, gpus, scheduler)
-    for name in ("distributed", "tornado"): logging.getLogger(name).setLevel(logging.CRITICAL) # what goes wrong is told by the sweep
+    for name in ("distributed", "distributed.client", "tornado", "tornado.application"): logging.getLogger(name).setLevel(logging.CRITICAL) # what goes wrong is told by the sweep
     if scheduler is not None:
         try: client = Client(scheduler, timeout=patience, set_as_default=False)
         except (OSError, ValueError) as error: _refuse("scheduler", f"{scheduler}, which does not answer ({' '.join(str(error).split())})", "the address of a dask scheduler, such as tcp://10.0.0.1:8786")
@@ -83,13 +86,34 @@ def cluster(
         return
     devices = _devices(gpus) if gpus else [None] * (workers or _cores())
     threads = str(max(1, _cores() // len(devices)))
-    environment = {k: threads for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    with tempfile.TemporaryDirectory(prefix="whatmatters-") as scratch, dask.config.set({"distributed.scheduler.worker-saturation": 1.}): # no run waits at a worker that may die
-        spec = {i: {"cls": Nanny, "options": dict(nthreads=1, memory_limit=0, local_directory=scratch, preload=["whatmatters.core.sweeps"], silence_logs=logging.CRITICAL, dashboard_address=None, death_timeout=60,
-                    env=environment | ({} if d is None else {"CUDA_VISIBLE_DEVICES": d}))} for i, d in enumerate(devices)}
-        local = dict(host="127.0.0.1", dashboard=False, dashboard_address=None)
-        with SpecCluster(spec, {"cls": Scheduler, "options": local}, silence_logs=logging.CRITICAL) as machine, Client(machine, set_as_default=False) as client:
-            yield client
+    settings = {"scheduler.worker-saturation": 1., "scheduler.allowed-failures": 1, "worker.daemon": False} # no run waits at a worker that may die; two tries; a run may start processes
+    with tempfile.TemporaryDirectory(prefix="whatmatters-", ignore_cleanup_errors=True) as scratch, dask.config.set({"temporary-directory": scratch, **{f"distributed.{k}": v for k, v in settings.items()}}):
+        environment = {"TMPDIR": scratch, **{k: threads for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}} # what a killed worker leaves goes with the cluster
+        local = dict(host="127.0.0.1", dashboard_address="127.0.0.1:0") # nobody else can reach it
+        options = dict(nthreads=1, memory_limit=0, preload=["whatmatters.core.sweeps"], silence_logs=logging.CRITICAL, death_timeout=60, **local)
+        spec = {i: {"cls": Nanny, "options": {**options, "env": environment | ({} if d is None else {"CUDA_VISIBLE_DEVICES": d})}} for i, d in enumerate(devices)}
+        start = functools.partial(SpecCluster, spec, {"cls": Scheduler, "options": dict(dashboard=False, **local)}, silence_logs=logging.CRITICAL)
+        with _started(start) as machine, Client(machine, set_as_default=False) as client: yield client
+
+@contextlib.contextmanager
+def _started(start):
+    "Start in a thread that Ctrl-C does not reach, so that it does not reach the processes that start there either, and close it whenever the interrupt comes."
+    with ThreadPoolExecutor(1, initializer=_deaf) as pool:
+        starting = pool.submit(start)
+        try: yield starting.result()
+        finally:
+            machine = starting.result()
+            machine.sync(_end, machine.workers.values())
+            machine.close()
+
+async def _end(nannies):
+    "Workers have nothing to lose: one that is at a run is not waited for."
+    await asyncio.gather(*(n.close(timeout=1) for n in nannies), return_exceptions=True)
+
+def _deaf():
+    if not hasattr(signal, "pthread_sigmask"): return # Windows
+    multiprocessing.resource_tracker.ensure_running() # which would undo the next line if it came later
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 def _check_workers(workers, gpus, scheduler):
     for name, value in (("workers", workers), ("gpus", gpus or None)):
@@ -111,17 +135,18 @@ def _devices(gpus):
 def dask_setup(
     worker, # of dask, which calls this when it preloads the module
 ):
-    "On every worker of this machine: Ctrl-C, which a terminal sends to all processes, is for the sweep alone."
+    "On every worker of this machine: Ctrl-C, which a terminal sends to all processes, is for the sweep alone, and so is the terminal."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (1, 2): os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 # %% ../../../nbs/core/20_sweeps.ipynb #_work
 _ONE = threading.Lock() # a worker of two threads would mix what two warm runs print
 
-def _work(name, planned, engine, force):
+def _work(planned, engine, force):
     "Execute a planned run on a worker."
     with _ONE:
         try:
-            planned = planned._replace(notebook=find(name))
+            if not planned.notebook.is_absolute(): planned = planned._replace(notebook=folder()/planned.notebook) # the worker's own
             if _code(planned.notebook) != planned.code: return "failed", f"{planned.final.stem} failed: this worker has another version of the package or of the notebook"
             planned.final.parent.mkdir(exist_ok=True)
             return ("ran" if execute(planned, force, engine) else "before"), ""
@@ -135,32 +160,44 @@ def _code(notebook): return code_digest(nbformat.read(notebook, 4))
 def _sees(token): return Path(token).exists(), code_digest(nbformat.v4.new_notebook())
 
 # %% ../../../nbs/core/20_sweeps.ipynb #_drive
+PATIENCE = 60 # seconds without a worker after which a sweep on this machine ends
+
+class _Gone(Exception): "Nobody is there who would execute the runs."
+
 def _drive(client, todo, engine, force, resources):
     "Have all runs executed; yields each with what became of it."
-    ended, flying, waiting, busy, room, looked = queue.SimpleQueue(), {}, list(reversed(todo)), [], 64, time.monotonic()
+    ended, flying, waiting, again, lost, room = queue.SimpleQueue(), {}, list(reversed(todo)), [], set(), 64
+    looked = seen = time.monotonic() # at the workers; and some
     try:
-        while flying or waiting or busy:
-            if not flying and not waiting: # only what another sweep is at
+        while flying or waiting or again:
+            if not flying and not waiting: # only what another sweep is at, or what may have waited at a worker that another run has killed
                 time.sleep(1)
-                waiting, busy = busy, []
-            while waiting and len(flying) < room:
-                planned = waiting.pop()
-                name = planned.notebook.stem if planned.notebook.parent == folder() else str(planned.notebook)
-                future = client.submit(_work, name, planned, engine, force, key=f"{planned.final.stem}-{uuid.uuid4().hex}", pure=False, resources=resources)
+                waiting, again = again, []
+            new = [waiting.pop() for _ in range(min(len(waiting), room - len(flying)))]
+            keys = [f"run-{uuid.uuid4().hex}" for _ in new] # of one group: of a large group, dask hands a run to a worker only when it is free
+            for planned, future in zip(new, client.map(_work, list(map(_sent, new)), engine=engine, force=force, key=keys, pure=False, resources=resources) if new else ()):
                 flying[future.key] = planned, future
                 future.add_done_callback(ended.put)
-            if time.monotonic() - looked > 5: room, looked = max(64, 4 * len(_workers(client))), time.monotonic()
+            if time.monotonic() - looked > 5:
+                looked, workers = time.monotonic(), len(_workers(client))
+                room, seen = max(64, 4 * workers), looked if workers or client.cluster is None else seen # to a cluster that is joined, workers may come at any time
+                if looked - seen > PATIENCE: raise _Gone("no worker starts any more")
             try: future = ended.get(timeout=.5)
             except queue.Empty: continue
-            if future.status == "cancelled": raise ConnectionError
+            if future.status == "cancelled": raise _Gone("the scheduler went away")
             planned, _ = flying.pop(future.key)
-            state, why = future.result() if future.status == "finished" else ("failed", f"{planned.final.stem} failed: {_lost(future.exception())}")
-            if state == "busy": busy.append(planned)
-            else: yield planned, state, why
+            state, why = future.result() if future.status == "finished" else _lost(future.exception(), planned)
+            if state == "busy" or state == "lost" and planned.final not in lost: again.append(planned)
+            else: yield planned, "failed" if state == "lost" else state, why
+            if state == "lost": lost.add(planned.final)
+    except (CancelledError, OSError) as error: raise _Gone("the scheduler went away") from error
     finally: client.cancel([f for _, f in flying.values()], force=True) if client.status == "running" else None
 
-def _lost(error):
-    return "the worker was lost each time that it was tried; out of memory?" if type(error).__name__ == "KilledWorker" else f"{type(error).__name__}: {error}"
+def _sent(planned): return planned._replace(notebook=Path(planned.notebook.name)) if planned.notebook.parent == folder() else planned # a worker's package may lie elsewhere
+
+def _lost(error, planned):
+    gone = type(error).__name__ == "KilledWorker"
+    return "lost" if gone else "failed", f"{planned.final.stem} failed: {'the worker was lost each time that it was tried; out of memory?' if gone else f'{type(error).__name__}: {error}'}"
 
 def _workers(client):
     try: return client.scheduler_info(n_workers=-1)["workers"]
@@ -181,7 +218,7 @@ def sweep(
     engine:str="kernel",      # "kernel": a process for each run; "warm": the worker's own, which saves the start and suits small runs
     force:bool=False,         # repeat finished runs
     resources:dict|None=None, # of dask, that a run needs of its worker, such as {"GPU": 1}
-    tell=None,                # called as (plan, state, why, done, of how many) when a run is "ran", "before" or "failed"
+    tell=None,                # called as (plan, state, why, done, of how many) when a run is "ran" or "failed", or "before": at the start once for all that are
 )->Swept:
     "Execute the runs that are not finished. A failed run does not stop the others; the runs at a lost worker start again at another."
     if engine not in ("kernel", "warm"): _refuse("engine", repr(engine), '"kernel" or "warm"')
@@ -190,14 +227,15 @@ def sweep(
     todo = []
     for p in runs: (done["before"] if not force and finished(p) else todo).append(p)
     count = lambda: sum(map(len, done.values()))
+    if tell and done["before"]: tell(done["before"][-1], "before", "", count(), len(runs)) # once for all of these
     try:
         for planned, state, why in _drive(client, todo, engine, force, resources):
             done[state].append((planned, why) if state == "failed" else planned)
             if tell: tell(planned, state, why, count(), len(runs))
-    except (KeyboardInterrupt, ConnectionError) as error:
+    except (KeyboardInterrupt, _Gone) as error:
         kept = f"{len(done['ran']) + len(done['before'])} of {len(runs)} runs are finished; the same command goes on with the others"
         if isinstance(error, KeyboardInterrupt): raise KeyboardInterrupt(f"interrupted: {kept}") from None
-        raise RunFailed(f"the scheduler went away: {kept}") from None
+        raise RunFailed(f"{error}: {kept}") from None
     return Swept(**done, seconds=time.monotonic() - began)
 
 # %% ../../../nbs/core/20_sweeps.ipynb #_check_workers_see
