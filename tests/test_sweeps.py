@@ -267,7 +267,26 @@ def test_a_failed_run_is_reported_and_repeated_and_stops_no_other(lab, two, caps
     assert lab.starts() == {0: 2, 1: 3, 2: 2, 3: 2} and lab.finished() == [0, 2, 3]
 
 
-def test_a_run_of_a_joined_worker_may_start_processes(lab, two):
+def test_a_run_that_exits_fails_and_its_worker_lives(lab, two):
+    path, workers = lab.place/"toy.ipynb", set(two.scheduler_info()["workers"])
+    notebook = nbformat.read(path, 4)
+    notebook.cells[-1].source += "\nimport sys; sys.exit(number)"
+    nbformat.write(notebook, path)
+    found = sweep(lab.plans(range(2)), two, "warm")
+    assert sorted(why.split("; ")[0] for _, why in found.failed) == ["toy failed: SystemExit: 1", "toy failed: it ended before its last cell"]
+    assert set(two.scheduler_info()["workers"]) == workers and len(list(lab.out.glob("*/*.failed.ipynb"))) == len(list(lab.out.glob("*/*"))) == 2
+
+
+def test_a_notebook_that_is_changed_between_two_sweeps_on_one_cluster(lab, two):
+    sweep(lab.plans(range(4), sleep=.3), two, "warm") # both workers
+    notebook = nbformat.read(lab.place/"toy.ipynb", 4)
+    notebook.cells[-1].source += "\nnumber"
+    nbformat.write(notebook, lab.place/"toy.ipynb")
+    found = sweep(lab.plans(range(4), sleep=.3), two, "warm")
+    assert len(found.ran) == 4 and not found.failed
+
+
+def test_a_run_may_start_processes(two):
     assert two.submit(spawned).result() == 0
 
 
@@ -283,7 +302,8 @@ def spawned():
 BAD = {"a parameter that is none": (["-p", "nmber", "1"], "nmber: did you mean number"), "an empty list": ("number: []", "grid: number: got []"), "a word for a number": ("number: [few]", "number: got 'few' (str); want int"),
        "another parameter": ("nummer: [1]", "nummer: did you mean number"), "no mapping": ("- 1", "grid: got [1]"), "no file": (None, "grid.yaml (No such file or directory)"), "given twice": (["-p", "number", "1"], "number, which is given too"),
        "no workers": (["--workers", "0"], "workers: got 0; want a whole number >= 1"), "too many gpus": (["--gpus", "99"], "gpus: got 99; want"), "fewer gpus than none": (["--gpus", "-1"], "gpus: got -1; want"),
-       "no scheduler there": (["--scheduler", "tcp://127.0.0.1:1"], "tcp://127.0.0.1:1, which does not answer"), "no address": (["--scheduler", "over there"], "over there, which does not answer"),
+       "no scheduler there": (["--scheduler", "tcp://127.0.0.1:1"], "tcp://127.0.0.1:1, which does not answer"), "no address": (["--scheduler", "over there"], "over there, which does not answer"), "no port": (["--scheduler", "tcp://localhost:abc"], "tcp://localhost:abc, which does not answer"),
+       "twice": ("number: [1]\nnumber: [2]", "grid: got number twice"),
        "an unknown preset": (["--preset", "smokey"], "preset: got 'smokey'")}
 
 @pytest.mark.parametrize("what", BAD)

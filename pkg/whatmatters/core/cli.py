@@ -29,7 +29,7 @@ def main(
     except BrokenPipeError: # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error: return _say(f"{error.filename or 'file'}: {error.strerror}", 2)
+    except OSError as error: return _say(f"{error.filename or 'file'}: {error.strerror or error}", 2)
 
 def _say(message, code):
     print(f"whatmatters: {message}", file=sys.stderr)
@@ -102,10 +102,10 @@ def _run(options):
 # %% ../../../nbs/core/08_cli.ipynb #_sweep
 def _sweep(options):
     from whatmatters.core import sweeps
-    runs = sweeps.plans(options.name, options.grid, options.preset, _given(options), options.out, typed=True)
+    grid = None if options.grid is None else sweeps.read_grid(options.grid) # once: it may be a pipe
+    runs = sweeps.plans(options.name, grid, options.preset, _given(options), options.out, typed=True)
     ledger.refuse_newer(options.out)
-    grid = sweeps.read_grid(options.grid) if options.grid else ()
-    named = lambda planned, why: "".join(f"{k} {planned.parameters[k]}: " for k in grid) + why
+    named = lambda planned, why: "".join(f"{k} {planned.parameters[k]}: " for k in grid or ()) + why
     with sweeps.cluster(options.workers, options.gpus, options.scheduler) as client, _sweep_bar(len(runs), named) as tell:
         found = sweeps.sweep(runs, client, "warm" if options.warm else "kernel", options.force, tell=tell)
     print(f"{len(found.ran)} executed, {len(found.before)} finished before, {len(found.failed)} failed, in {found.seconds:.0f} s")

@@ -41,8 +41,8 @@ def _run_cells(nb_man):
             cell.execution_count = i + 1
         if error is None: nb_man.cell_complete(cell, cell_index=i)
         else: nb_man.cell_exception(cell, cell_index=i)
-        if isinstance(error, Exception): return # papermill raises what it finds in the outputs
-        if error is not None: raise error       # an interrupt
+        if isinstance(error, KeyboardInterrupt): raise error
+        if error is not None: return # papermill raises what it finds in the outputs; a cell that calls sys.exit ends its notebook, not this process
 
 # %% ../../../nbs/core/06_engines.ipynb #telling
 def telling(

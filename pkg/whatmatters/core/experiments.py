@@ -51,7 +51,9 @@ def find(
     name:str, # of an experiment, or the path of a notebook of your own
 )->Path:
     "The notebook of an experiment."
-    if str(name).endswith(".ipynb") and Path(name).is_file(): return Path(name)
+    if str(name).endswith(".ipynb"):
+        if not Path(name).is_file(): _refuse("experiment", f"{name}, which is no file", "a notebook, or an experiment of `whatmatters list`")
+        return Path(name)
     if name not in names(): _unknown("experiment", name, names())
     return folder()/f"{name}.ipynb"
 
@@ -286,7 +288,7 @@ def code_digest(
     notebook, # notebook node
 )->str:
     "What decides a run besides its parameters: the code of the notebook and of the package."
-    return digest([c.source for c in notebook.cells if c.cell_type == "code"], [p.read_text() for p in sorted(PACKAGE.rglob("*.py"))])
+    return digest([c.source for c in notebook.cells if c.cell_type == "code"], [p.read_text(encoding="utf-8") for p in sorted(PACKAGE.rglob("*.py"))])
 
 # %% ../../../nbs/core/07_experiments.ipynb #RunFailed
 class RunFailed(Exception):
@@ -321,7 +323,7 @@ def record_of(
     path, # executed notebook
 )->dict:
     "The record in a finished notebook; empty when there is none."
-    try: return json.loads(Path(path).read_text())["metadata"].get("whatmatters", {})
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))["metadata"].get("whatmatters", {})
     except (OSError, ValueError, LookupError, TypeError): return {}
 
 # %% ../../../nbs/core/07_experiments.ipynb #finished
@@ -365,7 +367,10 @@ def execute(
         began, started = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
         failed.unlink(missing_ok=True)
         done = _execute(notebook, partial, failed, planned.parameters, engine, bar, planned.notebook.stem)
-        shown = next(o.data[RECORD] for o in reversed(done.cells[-1].outputs) if RECORD in o.get("data", {}))
+        shown = next((o.data[RECORD] for o in reversed(done.cells[-1].outputs) if RECORD in o.get("data", {})), None)
+        if shown is None: # papermill takes sys.exit(0) for an end
+            os.replace(partial, failed)
+            raise RunFailed(f"{planned.notebook.stem} failed: it ended before its last cell; what it did so far is in {failed}")
         done.metadata["whatmatters"] = dict(experiment=planned.notebook.stem, preset=planned.preset, parameters=planned.parameters, code=planned.code, started=started,
                                             seconds=round(time.monotonic() - began, 1), engine=engine, **shown)
         done.metadata.get("papermill", {}).update(input_path=planned.notebook.name, output_path=final.name) # no folder of this machine

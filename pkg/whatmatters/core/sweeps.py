@@ -33,9 +33,13 @@ def read_grid(
 )->dict:
     "The grid, with a list of values for every parameter."
     if not isinstance(grid, dict):
-        try: grid = yaml.safe_load(Path(grid).read_text())
+        try:
+            text = Path(grid).read_text(encoding="utf-8")
+            grid, node = yaml.safe_load(text), yaml.compose(text)
         except OSError as error: _refuse("grid", f"{grid} ({error.strerror})", "a YAML file of lists, such as `seeds: [5, 10]`")
         except (yaml.YAMLError, UnicodeDecodeError) as error: _refuse("grid", f"{grid}, which is no YAML ({' '.join(str(error).split())})", "lists, such as `seeds: [5, 10]`")
+        keys = [k.value for k, _ in node.value] if isinstance(grid, dict) else []
+        for twice in {k for k in keys if keys.count(k) > 1}: _refuse("grid", f"{twice} twice", "each parameter once") # for YAML the last one counts
     if not isinstance(grid, dict) or not grid: _refuse("grid", f"{grid!r} ({type(grid).__name__})", "a list of values for each parameter, such as `seeds: [5, 10]`")
     for name, values in grid.items():
         if not isinstance(values, list) or not values: _refuse(f"grid: {name}", f"{values!r} ({type(values).__name__})", "a list with at least one value")
@@ -54,16 +58,20 @@ def plans(
     grid, out, found = read_grid(grid) if grid is not None else {}, Path(out).absolute(), {}
     for twice in set(grid) & set(given or {}): _refuse("grid", f"{twice}, which is given too", "each parameter once")
     for path in map(find, names() if name == "all" else [name]):
-        notebook, values = nbformat.read(path, 4), resolve(path, preset, given, typed)
-        declared, code = parameters(notebook), code_digest(notebook)
-        for key in grid:
-            if key not in declared: _unknown("parameter", key, list(declared))
-        lists = [[_numbers(v) if "float" in declared[key].type else v for v in grid[key]] for key in grid]
-        for key, column in zip(grid, lists):
-            for value in column: _check(value, declared[key])
-        for combination in itertools.product(*lists):
-            planned = plan(path.absolute(), preset, {**values, **dict(zip(grid, combination))}, out, code)
-            found[planned.final] = planned._replace(final=out/planned.final.stem/planned.final.name)
+        try:
+            notebook, values = nbformat.read(path, 4), resolve(path, preset, given, typed)
+            declared, code = parameters(notebook), code_digest(notebook)
+            for key in grid:
+                if key not in declared: _unknown("parameter", key, list(declared))
+            lists = [[_numbers(v) if "float" in declared[key].type else v for v in grid[key]] for key in grid]
+            for key, column in zip(grid, lists):
+                for value in column: _check(value, declared[key])
+            for combination in itertools.product(*lists):
+                planned = plan(path.absolute(), preset, {**values, **dict(zip(grid, combination))}, out, code)
+                found[planned.final] = planned._replace(final=out/planned.final.stem/planned.final.name)
+        except ValueError as error:
+            if name != "all": raise
+            raise ValueError(f"{path.stem}: {error}") from None
     return list(found.values())
 
 # %% ../../../nbs/core/20_sweeps.ipynb #cluster
@@ -77,10 +85,13 @@ def cluster(
     "Workers, for as long as the context lasts."
     import dask
     from distributed import Client, Nanny, Scheduler, SpecCluster
+    from distributed.comm.addressing import parse_address, parse_host_port
     _check_workers(workers, gpus, scheduler)
     for name in ("distributed", "distributed.client", "tornado", "tornado.application"): logging.getLogger(name).setLevel(logging.CRITICAL) # what goes wrong is told by the sweep
     if scheduler is not None:
-        try: client = Client(scheduler, timeout=patience, set_as_default=False)
+        try:
+            parse_host_port(parse_address(scheduler)[1]) # a client without an address would hang when it goes
+            client = Client(scheduler, timeout=patience, set_as_default=False)
         except (OSError, ValueError) as error: _refuse("scheduler", f"{scheduler}, which does not answer ({' '.join(str(error).split())})", "the address of a dask scheduler, such as tcp://10.0.0.1:8786")
         with client: yield client
         return
@@ -147,7 +158,7 @@ def _work(planned, engine, force):
     with _ONE:
         try:
             if not planned.notebook.is_absolute(): planned = planned._replace(notebook=folder()/planned.notebook) # the worker's own
-            if _code(planned.notebook) != planned.code: return "failed", f"{planned.final.stem} failed: this worker has another version of the package or of the notebook"
+            if _code(planned.notebook, planned.notebook.stat().st_mtime_ns) != planned.code: return "failed", f"{planned.final.stem} failed: this worker has another version of the package or of the notebook"
             planned.final.parent.mkdir(exist_ok=True)
             return ("ran" if execute(planned, force, engine) else "before"), ""
         except Busy: return "busy", ""
@@ -155,7 +166,7 @@ def _work(planned, engine, force):
         except Exception as error: return "failed", f"{planned.final.stem} failed: {type(error).__name__}: {error}"
 
 @functools.cache
-def _code(notebook): return code_digest(nbformat.read(notebook, 4))
+def _code(notebook, changed): return code_digest(nbformat.read(notebook, 4))
 
 def _sees(token): return Path(token).exists(), code_digest(nbformat.v4.new_notebook())
 
