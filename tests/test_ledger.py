@@ -93,8 +93,10 @@ def test_half_a_record_and_half_a_claim_are_named(tmp_path, caplog):
     del notebook.metadata.whatmatters["device"], notebook.metadata.whatmatters["code"]
     nbformat.write(notebook, tmp_path/"record.ipynb")
     executed(tmp_path/"claim.ipynb", claims=[dict(system=1, says="so")])
+    executed(tmp_path/"verdict.ipynb")
+    (tmp_path/"verdict.ipynb").write_text((tmp_path/"verdict.ipynb").read_text().replace('"holds"', '"perhaps"'))
     assert ledger.harvest(tmp_path) == []
-    assert "none of code, device" in caplog.text and "none of expect, high, level" in caplog.text
+    assert "verdict: got 'perhaps'; want holds, fails, inconclusive" in caplog.text and "none of code, device" in caplog.text and "none of expect, high, level" in caplog.text
 
 
 def test_versions_are_mixed_only_when_asked_for(tmp_path):

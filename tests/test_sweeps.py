@@ -272,9 +272,10 @@ def test_a_run_that_exits_fails_and_its_worker_lives(lab, two):
     notebook = nbformat.read(path, 4)
     notebook.cells[-1].source += "\nimport sys; sys.exit(number)"
     nbformat.write(notebook, path)
-    found = sweep(lab.plans(range(2)), two, "warm")
-    assert sorted(why.split("; ")[0] for _, why in found.failed) == ["toy failed: SystemExit: 1", "toy failed: it ended before its last cell"]
-    assert set(two.scheduler_info()["workers"]) == workers and len(list(lab.out.glob("*/*.failed.ipynb"))) == len(list(lab.out.glob("*/*"))) == 2
+    for engine in ("warm", "kernel"):
+        found = sweep(lab.plans(range(2)), two, engine)
+        assert sorted(why.split("; ")[0] for _, why in found.failed) == ["toy failed: SystemExit: 1", "toy failed: it ended before its last cell"]
+        assert set(two.scheduler_info()["workers"]) == workers and len(list(lab.out.glob("*/*.failed.ipynb"))) == len(list(lab.out.glob("*/*"))) == 2
 
 
 def test_a_notebook_that_is_changed_between_two_sweeps_on_one_cluster(lab, two):

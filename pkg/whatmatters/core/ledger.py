@@ -54,6 +54,7 @@ def read_run(
     claims, figures = shown(CLAIM, cells), shown("image/png", (c for c in cells if "key-figure" in tags(c)))
     for c in claims:
         if lacks := sorted(CLAIMED - set(c)): _refuse("claim", f"none of {', '.join(lacks)}", "all that a claim records")
+        if c["verdict"] not in COLOURS: _refuse("verdict", repr(c["verdict"]), ", ".join(COLOURS))
     title, defaults = _declared(source(lambda c: c["cell_type"] == "markdown"), source(lambda c: "parameters" in tags(c)))
     changed = {n: v for n, v in about["parameters"].items() if v != defaults.get(n)}
     figure = "".join(whole(figures[0]).split()) if figures else None
