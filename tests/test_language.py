@@ -109,6 +109,21 @@ def test_log_likelihoods_by_brute_force(network):
     assert torch.allclose(log_likelihoods(network, Bytes(), PAIRS[::-1]), wanted.flip(0), atol=1e-4)
 
 
+@pytest.mark.parametrize("begin, end", [(1, 2), (2, 2), (None, 2), (1, None)])
+def test_first_and_last_tokens(network, begin, end):
+    "A text begins as its tokenizer says and does not end; an empty context is one first token."
+    class Ends:
+        bos_token_id, eos_token_id = begin, end
+        def __call__(self, text, add_special_tokens, verbose):
+            before, after = ([t] if add_special_tokens and t is not None else [] for t in (begin, end))
+            return dict(input_ids=[*before, *text.encode(), *after])
+    first = end if begin is None else begin
+    for (context, continuation), start in ((("the", " cat"), [] if begin is None else [begin]), (("", "the cat"), [first])):
+        ids, count = start + list((context + continuation).encode()), len(continuation)
+        with torch.no_grad(): p = network(torch.tensor([ids])).logits[0].log_softmax(-1)
+        assert float(log_likelihoods(network, Ends(), [(context, continuation)])) == pytest.approx(float(p[range(len(ids) - count - 1, len(ids) - 1), ids[-count:]].sum()), abs=1e-4)
+
+
 def test_long_contexts_lose_their_beginning(network):
     context, choice = "the cat sat on the mat and", " the dog"
     cut = (context + choice)[-12:]
@@ -190,16 +205,26 @@ def test_stories_go_on_as_stories():
         assert float(p[range(len(before) - 1, len(whole) - 1), whole[len(before):]].sum()) == pytest.approx(float(value), abs=1e-3)
 
 
-@pytest.mark.parametrize("name, system, mine", [("gblm", 80, 3), ("two_stage", 121, 2)])
-def test_tasks_in_the_experiments(name, system, mine, file, tmp_path):
+@pytest.fixture
+def claims(file, tmp_path):
+    "The claims of an experiment at smoke size, those on zero-shot tasks and the others."
     task = file(*(dict(context="the", choices=[a, "zzz"], answer=0) for a in ("end", "of", "name")), dict(context="a", choices=["b", "c"], answer=1))
-    run = lambda **given: ledger.read_run(experiments.run(name, "smoke", given, tmp_path/"runs", engine="warm")[0]).claims
-    plain, asked = run(), run(tasks=[task])
-    added = [c for c in asked if "zero-shot" in c["says"]]
-    assert len(added) == mine and {c["system"] for c in added} == {system} and all(len(c["values"]) == 2 and all(-1 <= v <= 1 for v in c["values"]) for c in added)
-    untimed = lambda found: [(c["says"], c["values"]) for c in found if c not in added and "time" not in c["says"]]
-    assert untimed(plain) == untimed(asked)  # tasks change nothing else
-    with pytest.raises(Exception, match="data: got 'nowhere'"): run(tasks=["nowhere"])
+    def of(name, tasks=None):
+        found = ledger.read_run(experiments.run(name, "smoke", dict(tasks=[task] if tasks is None else tasks), tmp_path/"runs", engine="warm")[0]).claims
+        return [c for c in found if "zero-shot" in c["says"]], [c for c in found if "zero-shot" not in c["says"]]
+    return of
+
+
+def test_tasks_in_gblm(claims):
+    (none, plain), (added, others) = claims("gblm", []), claims("gblm")
+    assert not none and plain == others  # tasks change nothing else
+    assert len(added) == 3 and all(c["system"] == 80 and len(c["values"]) == 2 and all(-1 <= v <= 1 for v in c["values"]) for c in added)
+    with pytest.raises(Exception, match="data: got 'nowhere'"): claims("gblm", ["nowhere"])
+
+
+def test_tasks_in_two_stage(claims):
+    added, _ = claims("two_stage")
+    assert len(added) == 2 and all(c["system"] == 121 and len(c["values"]) == 2 and all(-1 <= v <= 1 for v in c["values"]) for c in added)
 
 
 @pytest.mark.parametrize("name", ["gblm", "two_stage"])

@@ -209,35 +209,36 @@ def log_likelihoods(
     else: check_count("longest", longest, 2)
     begin = next((i for i in (getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None), getattr(config, "bos_token_id", None)) if i is not None), None)
     rows, counts = zip(*(_pair(tokenizer, begin, longest, *pair) for pair in pairs))
-    order, device = sorted(range(len(rows)), key=lambda i: -len(rows[i])), next(network.parameters()).device
+    sizes, device = list(map(len, rows)), next(network.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: -sizes[i]) # neighbours of one length need little padding, and the longest show at once whether they fit
     def step(part):
-        lengths, counted = (torch.tensor([v[i] for i in order[part]], device=device)[:, None] for v in ([*map(len, rows)], counts))
-        most = int(lengths.max())
-        ids = torch.tensor([rows[i] + rows[i][-1:] * (most - len(rows[i])) for i in order[part]], device=device) # filled up at the end, where a causal model does not look
+        some, most = order[part], sizes[order[part][0]]
+        ids = torch.tensor([rows[i] + rows[i][-1:] * (most - sizes[i]) for i in some], device=device) # filled up at the end, where a causal model does not look
+        end, own = (torch.tensor([of[i] for i in some], device=device)[:, None] for of in (sizes, counts))
         at = torch.arange(1, most, device=device)
-        return -token_losses(network, ids)[0].double().where((at >= lengths - counted) & (at < lengths), 0.).sum(1).cpu()
+        return -token_losses(network, ids)[0].double().where((at >= end - own) & (at < end), 0.).sum(1).cpu()
     found = torch.empty(len(rows), dtype=torch.float64)
     with torch.no_grad(): found[order] = torch.cat(Chunk.of(chunk, len(rows)).over(len(rows), step))
     return found
 
 def _pair(tokenizer, begin, longest, context, continuation):
     "The tokens of both, and how many of them count."
-    text, end = context + continuation, getattr(tokenizer, "eos_token_id", None)
-    before, whole = (ids[:-1] if ids and ids[-1] == end else ids for ids in (_ids(tokenizer, t, True) for t in (context.rstrip(), text))) # without the end that some tokenizers add
-    if not before:
-        if begin is None: refuse("pairs", "an empty context", "a context, or a tokenizer with a first token")
-        before, whole = [begin], [begin] + whole
+    kept, whole, end = context.rstrip(), context + continuation, getattr(tokenizer, "eos_token_id", None)
+    if kept: before, whole = (ids[:-1] if ids[-1] == end else ids for ids in (_ids(tokenizer, text, True) for text in (kept, whole))) # without the end that some tokenizers add
+    elif begin is None: refuse("pairs", "an empty context", "a context, or a tokenizer with a first token")
+    else: before, whole = [begin], [begin] + _ids(tokenizer, whole)
     count = len(whole) - len(before)
     if count < 1: refuse("pairs", f"{continuation[:60]!r}, which has no token of its own after {context[-30:]!r}", "a continuation that adds a token")
     if count >= longest: refuse("pairs", f"a continuation of {count} tokens", f"less than {longest}, as many as the model reads")
     return whole[-int(min(longest, len(whole))):], count
 
-# %% ../../../nbs/core/16_language.ipynb #zero_shot
+# %% ../../../nbs/core/16_language.ipynb #ZeroShot
 class ZeroShot(NamedTuple):
     "Whether questions were answered rightly: 1 or 0 for each, NaN where the model gives no number."
     plain: Tensor    # (questions,), by log-probability
     per_byte: Tensor # (questions,), by log-probability per byte of the choice
 
+# %% ../../../nbs/core/16_language.ipynb #zero_shot
 def zero_shot(
     network,               # a causal model of transformers in evaluation mode, or a module from ids (B, T) to logits (B, T, V)
     tokenizer,             # `Bytes()`, or a tokenizer of transformers
