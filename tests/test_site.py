@@ -279,7 +279,8 @@ def test_map_in_the_browser(browser, address, build):
 def test_a_click_leads_from_the_map_to_the_routine_and_the_claims(browser, address):
     from selenium.webdriver.common.by import By
     visit(browser, f"{address}papers.html#paper-138")
-    routine, proof = (next(a for a in browser.find_elements(By.CSS_SELECTOR, "#paper-138 a") if part in a.get_attribute("href")).get_attribute("href") for part in ("#whatmatters.", "experiments/roar"))
+    links = [a.get_attribute("href") for a in browser.find_elements(By.CSS_SELECTOR, "#paper-138 a")]
+    routine, proof = (next(link for link in links if part in link) for part in ("#whatmatters.", "experiments/roar"))
     visit(browser, routine)
     assert until(browser, "document.querySelector('dt:target').textContent").strip()
     visit(browser, proof)

@@ -34,7 +34,7 @@ def describe(kind, node, signature, comments, fields, depth=3, options=()):
     if returned: body += [f":returns: {prose(returned)}"]
     if isinstance(node, ast.ClassDef):
         for m in node.body:
-            if isinstance(m, ast.FunctionDef) and m is not fields and ast.get_docstring(m): body += ["", method(m, comments)]
+            if isinstance(m, ast.FunctionDef) and m is not fields and ast.get_docstring(m) and not re.match("_[^_]", m.name): body += ["", method(m, comments)]
     fence = ":" * (depth + isinstance(node, ast.ClassDef))
     return "\n".join([f"{fence}{{py:{kind}}} {node.name}{signature}", *options, "", *body, fence])
 

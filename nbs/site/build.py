@@ -222,7 +222,8 @@ def ledger(root, out, record, titles):
         if not name: sys.exit(f"results/ledger.csv: got a claim of {line['notebook']}, which is not in results; want a ledger of the record: whatmatters report writes it")
         line["page"] = f"experiments/{name}.html#claim-{number[name]}"
         number[name] += 1
-        body.append(row("" if paper in seen else f' id="paper-{paper}"', f'<td data-order="{paper}" data-search="paper {paper} {title}"><a href="papers.html#paper-{paper}">paper {paper}</a> {title}</td>', escape(line["says"]),
+        body.append(row("" if paper in seen else f' id="paper-{paper}"',
+                        f'<td data-order="{paper}" data-search="paper {paper} {title}"><a href="papers.html#paper-{paper}">paper {paper}</a> {title}</td>', escape(line["says"]),
                         measured(line), f'<td class="{line["verdict"]}">{line["verdict"]}</td>', f'<a href="{line["page"]}">{name}</a>'))
         seen.add(paper)
     write(out/"ledger.md", "# Ledger\n\nEvery claim that was re-executed: what the paper says, what was measured (mean and interval), and whether the claim holds.\n"
@@ -240,7 +241,8 @@ def paper_map(root, out, lines, routines):
         places = [f'<a href="{path.removesuffix(".ipynb")}.html#{routines[path][name]}">{name}</a>' for path, name in paper["routines"]]
         proofs = [f'<a href="experiments/{name}.html">{name}</a>' for name in paper["experiments"]]
         if claimed[key]: proofs.append(f'<a href="ledger.html#paper-{key}">{counts(line["verdict"] for line in claimed[key])}</a>')
-        body.append(row(f' id="paper-{key}"', f'<td data-order="{key}" data-search="paper {key} ">paper {key} </td>', escape(paper["title"]), f'<td class="module">{paper["module"]}</td>', f'<td class="{state}">{state}</td>',
+        body.append(row(f' id="paper-{key}"', f'<td data-order="{key}" data-search="paper {key} ">paper {key} </td>', escape(paper["title"]),
+                        f'<td class="module">{paper["module"]}</td>', f'<td class="{state}">{state}</td>',
                         ", ".join(places), ", ".join(proofs), escape(paper["reason"])))
     write(out/"papers.md", "# Paper map\n\nThe papers that the kit is made from, and what became of each: its routine and its claims, or why there is none.\n"
           + buttons(states) + table(["paper", "title", "module", "state", "routine", "claims", "why not"], body))
@@ -268,7 +270,8 @@ def sources(root, out):
           + tree(p.name for p in benchmarks))
     cells = [c for c in shown(read(root/"nbs/index.ipynb")) if c.pop("directive", True)]
     navigation = tree([*(f"{v}/index" for v in VERBS), "Routines from A to Z <genindex>"], "Chapters") + tree(["experiments/index", "ledger", "papers", "benchmarks/index"], "Record")
-    links = " · ".join(f"[{text}]({name})" for text, name in {"experiments": "experiments/index.md", "ledger of claims": "ledger.md", "paper map": "papers.md", "benchmarks": "benchmarks/index.md"}.items())
+    links = " · ".join(f"[{text}]({name})" for text, name in
+                       {"experiments": "experiments/index.md", "ledger of claims": "ledger.md", "paper map": "papers.md", "benchmarks": "benchmarks/index.md"}.items())
     page(out/"index.ipynb", [cells[0], new_markdown_cell("On this site: " + links), *cells[1:], new_markdown_cell(navigation)])
 
 
