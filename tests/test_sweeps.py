@@ -57,7 +57,8 @@ class Lab:
         "The command as a process of its own; all that it starts carries a mark."
         (self.place/"scratch").mkdir(exist_ok=True)
         environment = {**os.environ, "LAB": self.mark, "TMPDIR": str(self.place/"scratch")}
-        return subprocess.Popen([BIN/"whatmatters", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True, **options)
+        return subprocess.Popen([BIN/"whatmatters", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options)  # a shell's background jobs, and what they start, would ignore it
 
     def alive(self):
         "Names of the processes that carry the mark."
