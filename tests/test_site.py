@@ -4,9 +4,11 @@ import csv
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from functools import partial
 from html.parser import HTMLParser
@@ -175,6 +177,15 @@ def test_nothing_temporary_is_left_of_a_build_that_stops(build, tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["site"]
 
 
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_of_a_build_that_is_stopped_from_outside(tmp_path, stop):
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)     # which a shell in the background switches off
+    build = subprocess.Popen([sys.executable, SITE/"build.py", tmp_path/"site"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heard)
+    while build.poll() is None and not list(tmp_path.rglob("*.doctree")): time.sleep(.1)    # until Sphinx's workers write
+    build.send_signal(stop)
+    assert build.wait(60) != 0 and list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_left_of_a_build_with_warnings(build, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "sources", lambda _, out: build.write(out/"index.md", "# Half\n\n[nowhere](gone.md)"))
     with pytest.raises(SystemExit, match="got the warnings above"): build.main(tmp_path/"site")
@@ -280,7 +291,7 @@ def type_in(browser, text):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_pages_in_the_browser(browser, address, width):
-    for name in ("index", "attribution/00_gradients", "attribution/index", "evaluation/08_measurable", "experiments/index", "experiments/roar", "benchmarks/pruning", "ledger", "papers", "genindex"):
+    for name in ("index", "attribution/00_gradients", "attribution/index", "evaluation/08_measurable", "experiments/index", "experiments/roar", "experiments/rsq", "benchmarks/pruning", "ledger", "papers", "genindex"):
         visit(browser, f"{address}{name}.html", width)
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections import Counter, defaultdict
 from html import escape
+from multiprocessing import active_children
 from pathlib import Path
 
 import itables
@@ -284,6 +285,7 @@ def main(out="_docs"):
     work = out.with_name(out.name + ".partial")
     source, html = work/"source", work/"html"   # in a folder of their own: myst-nb leaves one beside html
     shutil.rmtree(work, ignore_errors=True)
+    others = set(active_children())
     try:
         sources(ROOT, source)
         if sphinx(["--builder", "html", "--jobs", "2", "--fail-on-warning", "--keep-going", "--quiet", "-c", str(Path(__file__).parent), "-d", str(work/"doctrees"), str(source), str(html)]):
@@ -291,7 +293,9 @@ def main(out="_docs"):
         data_tables(html)
         shutil.rmtree(out, ignore_errors=True)
         html.rename(out)
-    finally: shutil.rmtree(work, ignore_errors=True)
+    finally:
+        for worker in set(active_children()) - others: worker.kill(); worker.join()   # Sphinx's, that still write or wait to be heard
+        shutil.rmtree(work, ignore_errors=True)
     print(f"the site: {out/'index.html'}")
 
 
