@@ -291,7 +291,7 @@ def type_in(browser, text):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_pages_in_the_browser(browser, address, width):
-    for name in ("index", "attribution/00_gradients", "attribution/index", "evaluation/08_measurable", "experiments/index", "experiments/roar", "experiments/rsq", "benchmarks/pruning", "ledger", "papers", "genindex"):
+    for name in ("index", "attribution/00_gradients", "attribution/index", "evaluation/08_measurable", "experiments/index", "experiments/roar", "experiments/sparsing_law", "benchmarks/pruning", "ledger", "papers", "genindex"):
         visit(browser, f"{address}{name}.html", width)
 
 
