@@ -4,9 +4,11 @@ import csv
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from functools import partial
 from html.parser import HTMLParser
@@ -26,7 +28,7 @@ class Page(HTMLParser):
     "What a page refers to, what it can be referred by, its table rows and its words."
     def __init__(self, path):
         super().__init__()
-        self.links, self.loads, self.names, self.classes, self.words, self.silent = [], [], set(), [], [], 0
+        self.links, self.loads, self.names, self.classes, self.words, self.figures, self.silent = [], [], set(), [], [], [], 0
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -36,6 +38,7 @@ class Page(HTMLParser):
         if tag == "a" and a.get("href"): self.links.append(a["href"])
         if tag == "link" and a.get("href"): self.loads.append(a["href"])
         if a.get("src"): self.loads.append(a["src"])
+        if tag == "img": self.figures.append(a.get("alt"))
         if tag in ("script", "style", "pre", "code"): self.silent += 1
 
     def handle_endtag(self, tag):
@@ -54,7 +57,7 @@ def site(tmp_path_factory):
         if not out.exists():
             built = subprocess.run([sys.executable, SITE/"build.py", out], cwd=base, capture_output=True, text=True)
             assert built.returncode == 0, built.stdout + built.stderr
-            assert built.stdout.endswith(f"the site: {out/'index.html'}\n") and {p.name for p in out.parent.glob("site*")} == {"site", "site.lock"}
+            assert built.stdout.endswith(f"the site: {out/'index.html'}\n") and {p.name for p in out.parent.glob("site*")} == {"site", "site.lock"} and not (out.parent/"jupyter_execute").exists()
     return out
 
 
@@ -140,6 +143,53 @@ def test_ledger_and_map_are_complete(build, pages):
     assert {n for n in pages["papers.html"].names if re.fullmatch(r"paper-\d+", n)} == {f"paper-{i}" for i in range(508)} and len(papers) == 508
     counted = Counter(p["state"] for p in papers)
     assert {s: pages["papers.html"].classes.count(s) - 1 for s in counted} == counted
+
+
+def test_the_first_page_counts_the_ledger_and_says_where_to_start(pages):
+    words = "".join(pages["index.html"].words)
+    assert f"{len(ledger()):,} claims" in words and "Where to start" in words
+    assert {"attribution/00_gradients.html", "experiments/roar.html", "core/index.html"} <= set(pages["index.html"].links)
+    assert "|" not in words
+
+
+def test_a_figure_says_what_it_belongs_to(pages):
+    figures = [alt for name, page in pages.items() if name != "search.html" for alt in page.figures]
+    assert len(figures) > 100 and all(re.fullmatch(r"Figure: .+", alt or "") for alt in figures)
+
+
+@pytest.mark.parametrize("differs, device, words", [
+    ({}, "CPU, 1 threads", "default"),
+    ({"data": "../data/wikitext2", "model": "models/small/hf", "seeds": 5}, "CPU, 1 threads", "on wikitext2, with small"),
+    ({"data": ["data/esnli", "data/sst2"]}, "NVIDIA H200", "on esnli and sst2, NVIDIA H200"),
+    ({"decades": 0, "seeds": 2}, "CPU, 2 threads", "decades = 0"),
+])
+def test_a_run_is_named_by_what_differs(build, differs, device, words): assert build.label({"device": device}, differs) == words
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, OSError])
+def test_nothing_temporary_is_left_of_a_build_that_stops(build, tmp_path, monkeypatch, stop):
+    (tmp_path/"site").mkdir()                       # the site of before stays
+    def sources(_, out):
+        build.write(out/"index.md", "# Half")
+        raise stop
+    monkeypatch.setattr(build, "sources", sources)
+    with pytest.raises(stop): build.main(tmp_path/"site")
+    assert [p.name for p in tmp_path.iterdir()] == ["site"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_of_a_build_that_is_stopped_from_outside(tmp_path, stop):
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)     # which a shell in the background switches off
+    build = subprocess.Popen([sys.executable, SITE/"build.py", tmp_path/"site"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heard)
+    while build.poll() is None and not list(tmp_path.rglob("*.doctree")): time.sleep(.1)    # until Sphinx's workers write
+    build.send_signal(stop)
+    assert build.wait(60) != 0 and list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_a_build_with_warnings(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "sources", lambda _, out: build.write(out/"index.md", "# Half\n\n[nowhere](gone.md)"))
+    with pytest.raises(SystemExit, match="got the warnings above"): build.main(tmp_path/"site")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("folder, match", [("", "got no executed notebook in .*want those of the record"), ("results", "got no executed notebook")])
@@ -241,7 +291,7 @@ def type_in(browser, text):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_pages_in_the_browser(browser, address, width):
-    for name in ("index", "attribution/00_gradients", "attribution/index", "evaluation/08_measurable", "experiments/index", "experiments/roar", "benchmarks/pruning", "ledger", "papers", "genindex"):
+    for name in ("index", "attribution/00_gradients", "attribution/index", "evaluation/08_measurable", "experiments/index", "experiments/roar", "experiments/sparsing_law", "benchmarks/pruning", "ledger", "papers", "genindex"):
         visit(browser, f"{address}{name}.html", width)
 
 
@@ -285,6 +335,21 @@ def test_a_click_leads_from_the_map_to_the_routine_and_the_claims(browser, addre
     assert until(browser, "document.querySelector('dt:target').textContent").strip()
     visit(browser, proof)
     assert browser.find_elements(By.CSS_SELECTOR, ".claim")
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("name", ["ledger", "papers"])
+def test_tables_are_readable_in_light_and_dark(browser, address, name, mode):
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": mode}]})
+    visit(browser, f"{address}{name}.html")
+    until(browser, "document.querySelector('.dt-info').textContent")
+    paint = """let luminance = c => {let [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b};
+        let behind = e => {while (e && /, 0\\)$/.test(getComputedStyle(e).backgroundColor)) e = e.parentElement; return getComputedStyle(e || document.body).backgroundColor};
+        return [...document.querySelectorAll('table.rows td, table.rows span, .counts button')].map(e => {
+            let [a, b] = [luminance(getComputedStyle(e).color), luminance(behind(e))]; return (Math.max(a, b) + .05) / (Math.min(a, b) + .05)})"""
+    ratios = browser.execute_script(paint)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert len(ratios) > 200 and min(ratios) >= 4.5     # as WCAG 2 wants of text
 
 
 def test_tables_work_from_a_file(browser, site):

@@ -1,4 +1,4 @@
-"""The site, without network: `build.py [OUT]` turns the chapters, the record, the ledger and the papers into pages (in OUT.source), and has Sphinx read them.
+"""The site, without network: `build.py [OUT]` turns the chapters, the record, the ledger and the papers into pages, and has Sphinx read them; both in OUT.partial, which goes away.
 
 Pages keep the folders and names of the notebooks, so that the links between notebooks lead to pages."""
 import ast
@@ -6,9 +6,11 @@ import csv
 import json
 import re
 import shutil
+import signal
 import sys
 from collections import Counter, defaultdict
 from html import escape
+from multiprocessing import active_children
 from pathlib import Path
 
 import itables
@@ -46,14 +48,16 @@ def heading(nb):
 
 
 def fold(cell, prompt):
-    cell.metadata = {"tags": ["hide-input"], "mystnb": {"code_prompt_show": prompt, "code_prompt_hide": prompt}}
+    cell.metadata = {"tags": ["hide-input"], "mystnb": cell.metadata.get("mystnb", {}) | {"code_prompt_show": prompt, "code_prompt_hide": prompt}}
 
 
 def shown(nb):
     "The cells that a reader sees, with what was exported in `directive`; without directives, hidden cells, and outputs that only programs read."
-    cells = []
+    cells, section = [], ""
     for cell in nb.cells:
+        if cell.cell_type == "markdown": section = re.sub(r"[`*$]", "", ([section] + re.findall(r"^#+ +(.+)", cell.source, re.M))[-1])
         if cell.cell_type == "code":
+            cell.metadata["mystnb"] = {"image": {"alt": f"Figure: {section}"}}
             found = re.findall(r"^#\s*\|\s*(\w+)", cell.source, re.M)
             cell.source = re.sub(r"^#\s*\|.*\n?", "", cell.source, flags=re.M).strip("\n")
             if "hide" in found or not cell.source: continue
@@ -132,10 +136,11 @@ def claims(nb): return [o.data[CLAIM] for c in nb.cells for o in c.get("outputs"
 
 
 def label(about, differs):
-    "A run in a few words: where it ran, and what differs from the default, its data or model first."
-    first = sorted(differs, key=lambda k: (k != "data", k != "model"))[:1]
-    value = lambda v: re.sub(r"[^\w ,./-]", "", "/".join(str(v).split("/")[-2:]))[:40]
-    return about["device"] + "".join(f", {k} = {value(differs[k])}" for k in first) + (f" and {len(differs) - 1} more" if len(differs) > 1 else "")
+    "A run in a few words: its data and model, else the first parameter that is not the default, and its GPU."
+    names = lambda value: " and ".join(str(v).removesuffix("/hf").split("/")[-1] for v in (value if isinstance(value, list) else [value]))
+    words = {"data": "on", "model": "with", "models": "with"}
+    said = [f"{words[k]} {names(differs[k])}" for k in words if k in differs] or [f"{k} = {v}" for k, v in list(differs.items())[:1]] or ["default"]
+    return re.sub(r"[^\w ,./=-]", "", ", ".join(said + [about["device"]] * (not about["device"].startswith("CPU"))))
 
 
 def about_run(nb, about, differs, others):
@@ -178,14 +183,14 @@ def experiment(path, runs, out):
 def experiments(root, out, record):
     paths = sorted((root/"nbs/experiments").glob("*.ipynb"))
     lines = ["# Experiments", "", "What the papers claim, re-executed. Each page is the notebook as it ran: what was asked, what came out, and whether the claim holds.", "",
-             "| experiment | asks | claims | ran on |", "|---|---|---|---|"]
+             ":::{table}", ":class: wide", ":widths: 16 38 18 28", "| experiment | asks | claims | runs |", "|---|---|---|---|"]
     for path in paths:
         runs = record.get(path.stem, [])
         title = heading(read(path))[0].replace("|", r"\|")
         lines += [f"| [{path.stem}]({path.name}) | {title} | {counts(c['verdict'] for _, nb, *_ in runs[:1] for c in claims(nb))} | "
                   + " · ".join(f"[{label(about, differs)}]({name}.ipynb)" for name, _, about, differs in runs) + " |"]
         experiment(path, runs, out)
-    write(out/"experiments/index.md", "\n".join(lines) + tree(p.name for p in paths))
+    write(out/"experiments/index.md", "\n".join(lines) + "\n:::\n" + tree(p.name for p in paths))
 
 
 # The ledger and the papers, as tables
@@ -240,12 +245,12 @@ def paper_map(root, out, lines, routines):
         states[state] += 1
         places = [f'<a href="{path.removesuffix(".ipynb")}.html#{routines[path][name]}">{name}</a>' for path, name in paper["routines"]]
         proofs = [f'<a href="experiments/{name}.html">{name}</a>' for name in paper["experiments"]]
-        if claimed[key]: proofs.append(f'<a href="ledger.html#paper-{key}">{counts(line["verdict"] for line in claimed[key])}</a>')
+        found = f': <a href="ledger.html#paper-{key}">{counts(line["verdict"] for line in claimed[key])}</a>' if claimed[key] else ""
         body.append(row(f' id="paper-{key}"', f'<td data-order="{key}" data-search="paper {key} ">paper {key} </td>', escape(paper["title"]),
                         f'<td class="module">{paper["module"]}</td>', f'<td class="{state}">{state}</td>',
-                        ", ".join(places), ", ".join(proofs), escape(paper["reason"])))
+                        escape(paper["reason"]) or "; ".join(filter(None, [", ".join(places), ", ".join(proofs) + found]))))
     write(out/"papers.md", "# Paper map\n\nThe papers that the kit is made from, and what became of each: its routine and its claims, or why there is none.\n"
-          + buttons(states) + table(["paper", "title", "module", "state", "routine", "claims", "why not"], body))
+          + buttons(states) + table(["paper", "title", "module", "state", "routines and claims, or why there are none"], body))
 
 
 def data_tables(out):
@@ -268,25 +273,32 @@ def sources(root, out):
     for path in benchmarks: chapter(path, out)
     write(out/"benchmarks/index.md", "# Benchmarks\n\nHow fast, how much memory, how many calls, against the peers.\n\n" + "\n".join(f"- [{heading(read(p))[0]}]({p.name})" for p in benchmarks)
           + tree(p.name for p in benchmarks))
-    cells = [c for c in shown(read(root/"nbs/index.ipynb")) if c.pop("directive", True)]
+    cells = [c for c in shown(read(root/"nbs/index.ipynb")) if c.pop("directive", None) is None]
     navigation = tree([*(f"{v}/index" for v in VERBS), "Routines from A to Z <genindex>"], "Chapters") + tree(["experiments/index", "ledger", "papers", "benchmarks/index"], "Record")
     links = " · ".join(f"[{text}]({name})" for text, name in
-                       {"experiments": "experiments/index.md", "ledger of claims": "ledger.md", "paper map": "papers.md", "benchmarks": "benchmarks/index.md"}.items())
-    page(out/"index.ipynb", [cells[0], new_markdown_cell("On this site: " + links), *cells[1:], new_markdown_cell(navigation)])
+                       {**{v: f"{v}/index.md" for v in VERBS}, "experiments": "experiments/index.md", "ledger of claims": "ledger.md", "paper map": "papers.md", "benchmarks": "benchmarks/index.md"}.items())
+    page(out/"index.ipynb", [cells[0], new_markdown_cell("Where to start: [gradients](attribution/00_gradients.ipynb), the first chapter, then [ROAR](experiments/roar.ipynb), an experiment that puts it to the test.\n\nOn this site: " + links), *cells[1:], new_markdown_cell(navigation)])
 
 
 def main(out="_docs"):
     out = Path(out).absolute()
-    source, partial = out.with_name(out.name + ".source"), out.with_name(out.name + ".partial")
-    for folder in (source, partial): shutil.rmtree(folder, ignore_errors=True)
-    sources(ROOT, source)
-    if sphinx(["--builder", "html", "--jobs", "2", "--fail-on-warning", "--keep-going", "--quiet", "-c", str(Path(__file__).parent), "-d", str(source/".doctrees"), str(source), str(partial)]):
-        sys.exit(f"Sphinx: got the warnings above, about the pages in {source}; want none")
-    data_tables(partial)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-    shutil.rmtree(source)
+    work = out.with_name(out.name + ".partial")
+    source, html = work/"source", work/"html"   # in a folder of their own: myst-nb leaves one beside html
+    shutil.rmtree(work, ignore_errors=True)
+    others = set(active_children())
+    try:
+        sources(ROOT, source)
+        if sphinx(["--builder", "html", "--jobs", "2", "--fail-on-warning", "--keep-going", "--quiet", "-c", str(Path(__file__).parent), "-d", str(work/"doctrees"), str(source), str(html)]):
+            sys.exit("Sphinx: got the warnings above, about pages named like their notebooks in nbs; want none")
+        data_tables(html)
+        shutil.rmtree(out, ignore_errors=True)
+        html.rename(out)
+    finally:
+        for worker in set(active_children()) - others: worker.kill(); worker.join()   # Sphinx's, that still write or wait to be heard
+        shutil.rmtree(work, ignore_errors=True)
     print(f"the site: {out/'index.html'}")
 
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # or nothing would be cleaned up
+    main(*sys.argv[1:])
