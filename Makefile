@@ -33,7 +33,8 @@ export: .venv/ready
 README := README.md
 readme:
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags hide --TagRemovePreprocessor.remove_input_tags remove-input nbs/index.ipynb \
-		| sed 's#\](\([a-z]*/[^)]*\.ipynb\))#](nbs/\1)#g' > $(README)
+		> $(README).partial
+	sed 's#\](\([a-z]*/[^)]*\.ipynb\))#](nbs/\1)#g' $(README).partial > $(README) && rm $(README).partial
 
 .venv/ready: constraints.txt pkg/pyproject.toml pkg/requirements.txt
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit('PYTHON: got Python %d.%d, want 3.11 to 3.13, as in: make PYTHON=python3.12 test' % v)"
