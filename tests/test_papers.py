@@ -4,7 +4,6 @@ import re
 import shutil
 import sys
 from collections import Counter
-from pathlib import Path
 import nbformat
 import pytest
 from nbdev.export import nb_export

@@ -11,7 +11,7 @@ from whatmatters.core.calibration import weights_of
 from whatmatters.core.keep import count_of, top
 from whatmatters.core.values import seeded
 from whatmatters.sparsity import weights as W
-from whatmatters.sparsity.weights import SCORES, Contributions, Score, contributions, dimap, lamp, prune, relative_importance, ria, score_weights, semi_structured, wanda
+from whatmatters.sparsity.weights import Contributions, Score, contributions, dimap, lamp, prune, relative_importance, ria, score_weights, semi_structured, wanda
 
 SIZES = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24, max_position_embeddings=64)
 IDS = torch.randint(0, 64, (4, 10), generator=seeded(1))

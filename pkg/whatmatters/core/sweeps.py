@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 import nbformat
 import yaml
-from .experiments import Busy, Plan, RunFailed, _check, _numbers, _refuse, _unknown, _writable
+from .experiments import Busy, RunFailed, _check, _numbers, _refuse, _unknown, _writable
 from .experiments import code_digest, execute, find, finished, folder, names, parameters, plan, resolve
 
 # %% ../../../nbs/core/20_sweeps.ipynb #read_grid
