@@ -1,13 +1,12 @@
 "Every paper is a routine, planned, or outside; nothing of it is said twice or copied."
+import csv
 import json
 import re
 import shutil
 import sys
 from collections import Counter
-import nbformat
 import pytest
 from nbdev.export import nb_export
-from whatmatters.core.experiments import declared_claims
 from conftest import ROOT, SHARED
 
 sys.path.insert(0, str(ROOT/"nbs/site"))
@@ -46,11 +45,9 @@ def test_routines_are_where_the_tags_say():
             assert re.search(rf"^(def|class) {routine}\b", exported, re.M), (paper, path, routine)
 
 
-def test_claims_are_those_that_the_notebooks_declare():
-    declared = {}
-    for path in (ROOT/"nbs/experiments").glob("*.ipynb"):
-        for system, _ in declared_claims(nbformat.read(path, 4)): declared.setdefault(system, set()).add(path.stem)
-    assert papers.claims(ROOT) == {system: sorted(names) for system, names in declared.items()} and len(declared) > 80
+def test_claims_are_those_of_the_record():
+    with open(ROOT/"results/ledger.csv", encoding="utf-8", newline="") as file: recorded = {(int(line["system"]), line["experiment"]) for line in csv.DictReader(file)}
+    assert {(paper, name) for paper, names in papers.claims(ROOT).items() for name in names} == recorded and len(recorded) > 80
 
 
 def test_the_package_does_not_see_tags(tmp_path):

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from filelock import FileLock
+from whatmatters.core.ledger import read_ledger, write_ledger
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT/"nbs/site"
@@ -207,7 +208,7 @@ def test_an_empty_ledger_is_said(build, tmp_path, text):
 
 def test_a_ledger_of_another_record_is_said(build, tmp_path):
     (tmp_path/"results").mkdir()
-    (tmp_path/"results/ledger.csv").write_text("system,says,notebook\n1,a,gone.ipynb\n")
+    write_ledger([{**read_ledger(ROOT/"results/ledger.csv")[0], "notebook": "gone.ipynb"}], tmp_path/"results/ledger.csv")
     with pytest.raises(SystemExit, match="got a claim of gone.ipynb, which is not in results"): build.ledger(tmp_path, tmp_path/"out", {}, {})
 
 

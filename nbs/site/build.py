@@ -2,7 +2,6 @@
 
 Pages keep the folders and names of the notebooks, so that the links between notebooks lead to pages."""
 import ast
-import csv
 import json
 import re
 import shutil
@@ -18,13 +17,14 @@ import nbformat
 from nbformat.v4 import new_markdown_cell
 from sphinx.cmd.build import main as sphinx
 
+from whatmatters.core.experiments import CLAIM
+from whatmatters.core.ledger import harvest, read_ledger
 from api import api
 from papers import rows
 
 ROOT = Path(__file__).parents[2]
 VERBS = {"attribution": "Attribution: score it", "sparsity": "Sparsity: keep only it", "evaluation": "Evaluation: prove it", "core": "Core: what all three share"}
 VERDICTS = {"holds": "hold", "fails": "fail", "inconclusive": "inconclusive"}
-CLAIM = "application/vnd.whatmatters.claim+json"
 
 
 def read(path): return nbformat.read(path, 4)
@@ -108,31 +108,18 @@ def tree(pages, caption=""):
 
 # Experiments
 
-def changed(nb, about):
-    "Parameters of a run that are not the default ones."
-    source = next(c.source for c in nb.cells if "parameters" in c.metadata.get("tags", []))
-    default = {n.target.id: ast.literal_eval(n.value) for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)}
-    return {k: v for k, v in about["parameters"].items() if k in default and v != default[k]}
-
-
 def records(root):
-    "Executed notebooks by experiment, those with default parameters first: {name: [(page, notebook, its record, changed parameters)]}."
+    "The runs of each experiment with the names of their pages, those with default parameters first: {experiment: [(page, `Run`)]}."
     found = defaultdict(list)
-    for path in sorted((root/"results").glob("*.ipynb")):
-        nb = read(path)
-        about = nb.metadata["whatmatters"] | {"file": path.name}
-        found[about["experiment"]].append((len(changed(nb, about)), about["started"], path, nb, about))
+    for run in harvest(root/"results") if (root/"results").is_dir() else []: found[run.about["experiment"]].append(run)
     if not found: sys.exit(f"results: got no executed notebook in {root/'results'}; want those of the record: whatmatters sweep all, then make docs")
-    name = lambda i, path, about: about["experiment"] + (f"-{path.stem.rpartition('-')[2]}" if i else "")
-    return {e: [(name(i, p, about), nb, about, changed(nb, about)) for i, (_, _, p, nb, about) in enumerate(sorted(runs, key=lambda r: r[:2]))] for e, runs in found.items()}
+    name = lambda i, run: run.about["experiment"] + (f"-{run.path.stem.rpartition('-')[2]}" if i else "")
+    return {e: [(name(i, run), run) for i, run in enumerate(sorted(runs, key=lambda run: len(run.changed)))] for e, runs in found.items()}
 
 
 def counts(verdicts):
     n = Counter(verdicts)
     return ", ".join(f'<span class="{v}">{n[v]} {word}</span>' for v, word in VERDICTS.items() if n[v]) or "none"
-
-
-def claims(nb): return [o.data[CLAIM] for c in nb.cells for o in c.get("outputs", []) if CLAIM in o.get("data", {})]
 
 
 def label(about, differs):
@@ -143,21 +130,21 @@ def label(about, differs):
     return re.sub(r"[^\w ,./=-]", "", ", ".join(said + [about["device"]] * (not about["device"].startswith("CPU"))))
 
 
-def about_run(nb, about, differs, others):
+def about_run(run, others):
     "What a reader must know of a run: where, when, with what, and what it found."
+    about = run.about
     versions = ", ".join(f"{k} {v}" for k, v in {"Python": about["python"], **about["versions"]}.items())
     memory = f"{about['peak_memory_mb']} MB" + (f", {about['peak_gpu_memory_mb']} MB on the GPU" if about["peak_gpu_memory_mb"] else "")
-    lines = {"Claims": counts(c["verdict"] for c in claims(nb)), "Ran on": f"{about['device']}, in {about['seconds']:.0f} s, at most {memory}, {about['started'][:10]}",
-             "With": versions, "Parameters": ", ".join(f"`{k} = {json.dumps(v)}`" for k, v in differs.items()) or "the default ones", "Other runs": others}
+    lines = {"Claims": counts(c["verdict"] for c in run.claims), "Ran on": f"{about['device']}, in {about['seconds']:.0f} s, at most {memory}, {about['started'][:10]}",
+             "With": versions, "Parameters": ", ".join(f"`{k} = {json.dumps(v)}`" for k, v in run.changed.items()) or "the default ones", "Other runs": others}
     return new_markdown_cell("\n".join(f":{k}: {v}" for k, v in lines.items() if v))
 
 
 def experiment(path, runs, out):
     "The pages of an experiment: one for each run of the record, or the notebook as it is when there is none."
-    for i, (name, nb, about, differs) in enumerate(runs):
-        others = " · ".join(f"[{label(a, d)}]({n}.ipynb)" for n, _, a, d in runs if n != name)
-        top = about_run(nb, about, differs, others)
-        number = 0
+    for i, (name, run) in enumerate(runs):
+        nb, number = read(run.path), 0
+        others = " · ".join(f"[{label(r.about, r.changed)}]({n}.ipynb)" for n, r in runs if n != name)
         for output in (o for c in nb.cells for o in c.get("outputs", []) if CLAIM in o.get("data", {})):
             output.data["text/html"] = output.data["text/html"].replace("<div ", f'<div id="claim-{number}" class="claim" ', 1)
             number += 1
@@ -168,10 +155,10 @@ def experiment(path, runs, out):
             if cell.cell_type == "code" and "parameters" not in kinds: fold(cell, "Code")
             cell.pop("directive", None)
             cells.append(cell)
-        if i: cells[0].source = cells[0].source.replace("\n", f" ({label(about, differs)})\n", 1)
+        if i: cells[0].source = cells[0].source.replace("\n", f" ({label(run.about, run.changed)})\n", 1)
         cells[0].source = re.sub(r"\bsystem (\d+)\b", r'<a href="../papers.html#paper-\1">system \1</a>', cells[0].source)
-        cells.insert(1, top)
-        if not i and len(runs) > 1: cells.append(new_markdown_cell(tree(f"{label(a, d)} <{n}>" for n, _, a, d in runs[1:])))
+        cells.insert(1, about_run(run, others))
+        if not i and len(runs) > 1: cells.append(new_markdown_cell(tree(f"{label(r.about, r.changed)} <{n}>" for n, r in runs[1:])))
         page(out/"experiments"/f"{name}.ipynb", cells)
     if not runs:
         cells = shown(read(path))
@@ -187,8 +174,8 @@ def experiments(root, out, record):
     for path in paths:
         runs = record.get(path.stem, [])
         title = heading(read(path))[0].replace("|", r"\|")
-        lines += [f"| [{path.stem}]({path.name}) | {title} | {counts(c['verdict'] for _, nb, *_ in runs[:1] for c in claims(nb))} | "
-                  + " · ".join(f"[{label(about, differs)}]({name}.ipynb)" for name, _, about, differs in runs) + " |"]
+        lines += [f"| [{path.stem}]({path.name}) | {title} | {counts(c['verdict'] for _, run in runs[:1] for c in run.claims)} | "
+                  + " · ".join(f"[{label(run.about, run.changed)}]({name}.ipynb)" for name, run in runs) + " |"]
         experiment(path, runs, out)
     write(out/"experiments/index.md", "\n".join(lines) + "\n:::\n" + tree(p.name for p in paths))
 
@@ -210,16 +197,17 @@ def row(identity, *cells): return f"<tr{identity}>" + "".join(c if c.startswith(
 
 
 def measured(line):
-    mean, low, high = (float(line[k] or "nan") for k in ("mean", "low", "high"))
+    mean, low, high = (float("nan") if line[k] is None else line[k] for k in ("mean", "low", "high"))
     return f'<td data-order="{mean}">{mean:.4g} <small>[{low:.4g}, {high:.4g}] {escape(line["what"])}; expected {escape(line["expect"])}</small></td>'
 
 
 def ledger(root, out, record, titles):
     "The ledger as a page. Its lines."
     path = root/"results/ledger.csv"
-    lines = list(csv.DictReader(path.open(encoding="utf-8", newline=""))) if path.exists() else []
+    try: lines = read_ledger(path)
+    except (OSError, ValueError): lines = []
     if not lines: sys.exit(f"results: got no claim in {path}; want the ledger of the record: whatmatters report writes it")
-    where = {about["file"]: name for runs in record.values() for name, _, about, _ in runs}
+    where = {run.path.name: name for runs in record.values() for name, run in runs}
     number, seen, body = Counter(), set(), []
     for line in lines:
         name, paper = where.get(line["notebook"]), line["system"]
@@ -241,7 +229,7 @@ def paper_map(root, out, lines, routines):
     claimed, states, body = defaultdict(list), Counter(), []
     for line in lines: claimed[line["system"]].append(line)
     for paper in rows(root):
-        key, state = str(paper["id"]), paper["state"]
+        key, state = paper["id"], paper["state"]
         states[state] += 1
         places = [f'<a href="{path.removesuffix(".ipynb")}.html#{routines[path][name]}">{name}</a>' for path, name in paper["routines"]]
         proofs = [f'<a href="experiments/{name}.html">{name}</a>' for name in paper["experiments"]]
@@ -267,7 +255,7 @@ def sources(root, out):
     record = records(root)
     routines = chapters(root, out)
     experiments(root, out, record)
-    lines = ledger(root, out, record, {str(p["id"]): p["title"] for p in rows(root)})
+    lines = ledger(root, out, record, {p["id"]: p["title"] for p in rows(root)})
     paper_map(root, out, lines, routines)
     benchmarks = sorted((root/"nbs/benchmarks").glob("*.ipynb"))
     for path in benchmarks: chapter(path, out)

@@ -7,6 +7,8 @@ import json
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
+import nbformat
+from whatmatters.core.experiments import declared_claims
 
 PAPERS = 508
 STATES = "planned", "outside"
@@ -59,10 +61,9 @@ def claims(
 )->dict:  # id -> names of the experiments, sorted
     "Which experiments claim something of each paper, read from their code."
     found = defaultdict(set)
-    for path, source in _cells(root):
-        if path.startswith("experiments/"):
-            for paper in re.findall(r"\bclaim\(\s*system\s*=\s*(\d+)", source): found[int(paper)].add(Path(path).stem)
-    return {paper: sorted(names) for paper, names in found.items()}
+    for path in (Path(root)/"nbs/experiments").glob("*.ipynb"):
+        for paper, _ in declared_claims(nbformat.read(path, 4)): found[paper].add(path.stem)
+    return {paper: sorted(names) for paper, names in sorted(found.items())}
 
 
 def rows(

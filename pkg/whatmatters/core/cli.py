@@ -84,17 +84,20 @@ def _list(options):
 
 # %% ../../../nbs/core/08_cli.ipynb #_run
 def _given(options):
-    "The parameters of the command line. A run that is told to end is interrupted."
-    def stop(*_): raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
+    "The parameters of the command line."
     given = dict(options.parameter)
     if len(given) < len(options.parameter): raise ValueError(f"-p: got {' '.join(k for k, _ in options.parameter)}; want each parameter once")
     return given
 
+def _interruptible():
+    "What is told to end is interrupted, so that it says what it leaves."
+    def stop(*_): raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+
 def _run(options):
-    given = _given(options)
+    _interruptible()
     ledger.refuse_newer(options.out)
-    path, ran = experiments.run(options.name, options.preset, given, options.out, options.force, "warm" if options.warm else "kernel", typed=True, bar=True)
+    path, ran = experiments.run(options.name, options.preset, _given(options), options.out, options.force, "warm" if options.warm else "kernel", typed=True, bar=True)
     print(f"executed: {path}" if ran else f"finished before with the same parameters and code (--force repeats it): {path}")
     for c in ledger.read_run(path).claims: print(f"  [{c['verdict']}] {c['says']}")
     print(f"report:   {ledger.report(options.out, mixed=True)}")
@@ -105,6 +108,7 @@ def _sweep(options):
     grid = None if options.grid is None else sweeps.read_grid(options.grid) # once: it may be a pipe
     runs = sweeps.plans(options.name, grid, options.preset, _given(options), options.out, typed=True)
     ledger.refuse_newer(options.out)
+    _interruptible()
     named = lambda planned, why: "".join(f"{k} {planned.parameters[k]}: " for k in grid or ()) + why
     with sweeps.cluster(options.workers, options.gpus, options.scheduler) as client, _sweep_bar(len(runs), named) as tell:
         found = sweeps.sweep(runs, client, "warm" if options.warm else "kernel", options.force, tell=tell)
